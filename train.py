@@ -1,0 +1,1005 @@
+"""Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy, at learning rates it finds itself.
+
+    python train.py --epochs 24 --batch-size 512
+
+One file on PyTorch, torchvision and NumPy. It downloads CIFAR-10, finds LRMIN and LRMAX by a range sweep, trains,
+evaluates after every epoch, and writes a JSON of metrics (and figures, where matplotlib is installed) to results/.
+It runs on a CUDA GPU, on an Apple GPU or on a CPU, as a script or pasted into a notebook cell.
+
+The file reads in the order in which it runs: recipe, command line, data, augmentation, model, optimisation, one-cycle,
+sweep, training, evaluation, files, figures, and the run that puts them together.
+"""
+
+import argparse
+import builtins
+import copy
+import http.client
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recipe: every constant of it, once
+# ----------------------------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    # One-cycle: the rate rises linearly from LRMIN to LRMAX over this fraction of the run, then falls back to LRMIN.
+    "peak_fraction": 5 / 24,
+    # Adam's first beta moves against the rate: outer value at LRMIN, inner value at LRMAX.
+    "beta1": (0.95, 0.85),
+    "beta2": 0.999,
+    # Decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. LRMAX times this sets how
+    # far a weight forgets its past in a step; 0.2 at LRMAX 0.01 gives each step of Adam the same relative size as the
+    # original's SGD (rate 0.4, momentum 0.9, decay 5e-4) has.
+    "weight_decay": 0.2,
+    "label_smoothing": 0.2,
+    # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
+    "logit_scale": 0.125,
+    # Augmentation, in pixels.
+    "padding": 4,
+    "padding_mode": "reflect",
+    "cutout": 8,
+    # The sweep raises the rate exponentially from the first value to the second, in at most this many steps and epochs.
+    "sweep_range": (1e-6, 1.0),
+    "sweep_steps": 100,
+    "sweep_epochs": 2,
+    # It reads LRMIN and LRMAX off the smoothed loss where it is this fraction of its fall away from its start and end.
+    "sweep_margin": 0.1,
+}
+
+TRAIN_IMAGES = 50_000  # in CIFAR-10
+SWEEP_EPOCH = 900_000  # numbers the sweep's epochs, so that its random draws are none of training's
+MILESTONES = (0.90, 0.94)  # test accuracies whose time is reported; the last is the goal
+EVAL_BATCH_SIZE = 2000
+LOOK_EVERY_SECONDS = 1.0  # how often a GPU is asked for its loss inside an epoch
+
+
+class UserError(Exception):
+    """A failure whose message says what happened and what to do; `main` prints it without a traceback."""
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, epoch, step, lr):
+        super().__init__(f"the loss became NaN or infinite at epoch {epoch}, step {step}, learning rate {lr:.3g}.\n"
+                         f"Try a lower --lr-max, or --precision fp32.")
+        self.where = {"epoch": epoch, "step": step, "lr": lr}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+def whole_number(minimum, maximum=None):
+    """Return an argparse type that takes integers from `minimum` to `maximum`."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {minimum} is needed")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is too large: at most {maximum} is possible")
+        return value
+    return parse
+
+
+def learning_rate(text):
+    """Parse a positive, finite number; an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a learning rate: a positive number is needed")
+    return value
+
+
+def parse_arguments(argv=None):
+    """Return the options as a namespace, with `device` resolved; exit with code 2 where they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    option("--epochs", type=whole_number(1), default=24, help="passes over the training images")
+    option("--batch-size", type=whole_number(2), default=512, help="images in a step")
+    option("--lr-max", type=learning_rate, help="peak learning rate (default: found by the sweep)")
+    option("--lr-min", type=learning_rate, help="first and last learning rate (default: found by the sweep)")
+    option("--seed", type=whole_number(0), default=0, help="of the weights, the shuffling and the augmentation")
+    option("--runs", type=whole_number(1), default=1, metavar="N", help="train N times, with seeds SEED, SEED+1, ...")
+    option("--subset", type=whole_number(5, TRAIN_IMAGES), nargs="?", const=2000, metavar="N",
+           help="use the first N training images and N/5 test images; 2000 where N is left out (default: all)")
+    option("--holdout", type=whole_number(0, TRAIN_IMAGES), default=0, metavar="N",
+           help="train without the last N training images and evaluate on them instead of on the test set")
+    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="CIFAR-10; downloaded on first use")
+    option("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the fastest there is")
+    option("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+           help="auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32")
+    option("--checkpoint", type=Path, metavar="FILE",
+           help="save the state here after every epoch, and go on from it where it exists (default: off)")
+    option("--output", type=Path, metavar="FILE", help="JSON to write (default: a new file in results/)")
+    option("--no-figures", action="store_true", help="write the JSON alone")
+    options = parser.parse_args(argv)
+
+    if options.lr_min and options.lr_max and options.lr_min > options.lr_max:
+        parser.error(f"--lr-min {options.lr_min:g} is above --lr-max {options.lr_max:g}")
+    images = options.subset or TRAIN_IMAGES
+    if options.holdout >= images:
+        parser.error(f"--holdout {options.holdout} leaves nothing to train on: there are {images} training images")
+    if options.batch_size > images - options.holdout:
+        parser.error(f"--batch-size {options.batch_size} is above the {images - options.holdout} training images")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if options.device == "auto":
+        options.device = next(device for device, there in available.items() if there)
+    elif not available[options.device]:
+        parser.error(f"--device {options.device}: PyTorch finds no such device here; try --device cpu")
+    return options
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the whole data set on the device
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Split(NamedTuple):
+    """Images (N, 3, H, W) and their labels (N,), both tensors on one device."""
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def load_cifar10(data_dir):
+    """Read CIFAR-10, downloading it where it is missing (A. Krizhevsky, Learning Multiple Layers of Features, 2009).
+
+    Returns the training split, the test split (both uint8, (N, 3, 32, 32), on the CPU) and the ten class names.
+    Raises UserError where a file cannot be had or its checksum is wrong.
+    """
+    archive = data_dir / CIFAR10.filename
+    checksums = {data_dir / CIFAR10.base_folder / name: md5 for name, md5 in
+                 [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]}
+    missing = [path for path in checksums if not path.exists()]
+    if missing:
+        checksums[archive] = CIFAR10.tgz_md5
+    for path, md5 in checksums.items():
+        if path.exists() and not check_integrity(str(path), md5):
+            raise UserError(f"{path} is truncated or altered: its MD5 checksum is wrong.\n"
+                            f"Delete it and run again to download CIFAR-10 afresh.")
+    if missing:
+        fetch_cifar10(data_dir, archive)
+
+    splits = []
+    for train in (True, False):
+        dataset = CIFAR10(data_dir, train=train)
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
+        splits.append(Split(images, torch.tensor(dataset.targets)))
+    return splits[0], splits[1], dataset.classes
+
+
+def fetch_cifar10(data_dir, archive):
+    """Unpack the archive, downloaded if need be, into `data_dir`. Whatever goes wrong leaves no half file there."""
+    folder = data_dir / CIFAR10.base_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as scratch:
+            if archive.exists():
+                extract_archive(archive, scratch)
+            else:
+                CIFAR10(scratch, download=True)
+            for path in (Path(scratch) / CIFAR10.base_folder).iterdir():
+                path.replace(folder / path.name)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        raise UserError(f"could not fetch CIFAR-10 from {CIFAR10.url} ({error}).\n"
+                        f"Get that file by hand and put it at {archive}, or its files into {folder}{os.sep}.") from None
+
+
+def channel_statistics(images):
+    """Return the mean and the standard deviation of each channel of uint8 (N, C, H, W) images, on the scale 0 to 1."""
+    std, mean = torch.std_mean(images.float() / 255, dim=(0, 2, 3), correction=0)
+    return mean, std
+
+
+def prepare(split, mean, std, device, dtype, padding=0):
+    """Normalise uint8 images, pad them and lay them out on `device` with channels last: the format of fast kernels.
+
+    Returns a Split of images (N, 3, H + 2 padding, W + 2 padding) of type `dtype`.
+    """
+    images = split.images.to(device).float().div_(255)
+    mean, std = (values.to(device).view(1, -1, 1, 1) for values in (mean, std))
+    images = images.sub_(mean).div_(std).to(dtype)
+    if padding:
+        images = F.pad(images, (padding,) * 4, mode=RECIPE["padding_mode"])
+    return Split(images.contiguous(memory_format=torch.channels_last), split.labels.to(device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation: batched tensor operations, drawn for each image by itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Draws(NamedTuple):
+    """What chance decided for a batch of B images: five tensors (B,). Positions are of the upper left corner."""
+    crop_top: torch.Tensor
+    crop_left: torch.Tensor
+    flip: torch.Tensor
+    cutout_top: torch.Tensor
+    cutout_left: torch.Tensor
+
+
+def draw_augmentation(count, size, generator):
+    """Draw crops out of padded images, flips, and cutouts that lie wholly inside the (size, size) crop."""
+    def position(choices):
+        return torch.randint(choices, (count,), generator=generator, device=generator.device)
+    crop_choices = 2 * RECIPE["padding"] + 1
+    cutout_choices = size - RECIPE["cutout"] + 1
+    return Draws(position(crop_choices), position(crop_choices), position(2).bool(),
+                 position(cutout_choices), position(cutout_choices))
+
+
+def crop(images, top, left, size):
+    """Cut (B, C, size, size) out of channels-last (B, C, H, W), each image at its own corner."""
+    span = torch.arange(size, device=images.device)
+    image = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    row = (top.view(-1, 1) + span).view(-1, size, 1)
+    column = (left.view(-1, 1) + span).view(-1, 1, size)
+    return images.permute(0, 2, 3, 1)[image, row, column].permute(0, 3, 1, 2)
+
+
+def flip(images, chosen):
+    """Mirror the chosen (B,) of (B, C, H, W) images left to right."""
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def cutout(images, top, left, size):
+    """Blank one square in each of (B, C, H, W) with zero, the mean colour (DeVries and Taylor, arXiv:1708.04552)."""
+    rows, columns = (torch.arange(length, device=images.device) for length in images.shape[-2:])
+    in_rows = (rows >= top.view(-1, 1)) & (rows < top.view(-1, 1) + size)
+    in_columns = (columns >= left.view(-1, 1)) & (columns < left.view(-1, 1) + size)
+    hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    return torch.where(hidden, 0, images)  # masked_fill would lose channels-last
+
+
+def augment(padded, draws):
+    """Crop, flip and cut out: padded (B, 3, H + 2 padding, W + 2 padding) to (B, 3, H, W), as drawn."""
+    images = crop(padded, draws.crop_top, draws.crop_left, padded.shape[-1] - 2 * RECIPE["padding"])
+    images = flip(images, draws.flip)
+    return cutout(images, draws.cutout_top, draws.cutout_left, RECIPE["cutout"])
+
+
+def augmented_batches(train, batch_size, generator):
+    """Shuffle a padded Split and yield its images, augmented, and labels; the last batch has what is left over."""
+    size = train.images.shape[-1] - 2 * RECIPE["padding"]
+    order = torch.randperm(len(train.labels), generator=generator, device=generator.device)
+    for chosen in order.split(batch_size):
+        draws = draw_augmentation(len(chosen), size, generator)
+        yield augment(train.images[chosen], draws), train.labels[chosen]
+
+
+def epoch_generator(seed, epoch, device):
+    """Return the random generator of one epoch. It depends on nothing else, so that a resumed run draws the same."""
+    return torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ConvBlock(nn.Sequential):
+    """Conv 3x3, MaxPool 2 if `pool`, BatchNorm, ReLU: (B, c_in, H, W) to (B, c_out, H, W), or half of H and W."""
+
+    def __init__(self, c_in, c_out, pool=False):
+        super().__init__(nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False),
+                         *([nn.MaxPool2d(2)] if pool else []),
+                         nn.BatchNorm2d(c_out),
+                         nn.ReLU(inplace=True))
+
+
+class ResBlock(nn.Module):
+    """x + ConvBlock(ConvBlock(x)), shape unchanged."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.residual = nn.Sequential(ConvBlock(channels, channels), ConvBlock(channels, channels))
+
+    def forward(self, x):
+        return x + self.residual(x)
+
+
+class ResNet(nn.Module):
+    """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018): (B, 3, 32, 32) to logits (B, 10).
+
+    It has 6,573,130 parameters, or 6,573,120 with `head_bias=False`. The softmax is left to the cross-entropy.
+    """
+
+    def __init__(self, classes=10, head_bias=True):
+        super().__init__()
+        self.prep = ConvBlock(3, 64)                                                   # (B, 64, 32, 32)
+        self.layer1 = nn.Sequential(ConvBlock(64, 128, pool=True), ResBlock(128))      # (B, 128, 16, 16)
+        self.layer2 = ConvBlock(128, 256, pool=True)                                   # (B, 256, 8, 8)
+        self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))     # (B, 512, 4, 4)
+        self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())                       # (B, 512)
+        self.head = nn.Linear(512, classes, bias=head_bias)                            # (B, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.prep(x))))
+        return self.head(self.pool(x)) * RECIPE["logit_scale"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision, optimizer, one step
+# ----------------------------------------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(device):
+    """Return the fastest precision that `device` has instructions for; never one that it only emulates."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # added to PyTorch in 2026
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return "bf16"
+    return "fp32"
+
+
+@dataclass
+class Learner:
+    """A model with what trains it. Weights are fp32; `dtype` is what convolutions and products compute in."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # scales the loss in fp16, whose smallest gradients would vanish; else does nothing
+    device: str
+    dtype: torch.dtype
+
+    def autocast(self):
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def make_learner(seed, device, precision):
+    """Return a Learner around a fresh ResNet: the same weights on every device for the same seed."""
+    torch.manual_seed(seed)
+    model = ResNet().to(device, memory_format=torch.channels_last)
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    biases_and_norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": RECIPE["weight_decay"]},
+              {"params": biases_and_norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.Adam(groups, betas=(RECIPE["beta1"][1], RECIPE["beta2"]), decoupled_weight_decay=True,
+                                 fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    return Learner(model, optimizer, scaler, device, DTYPES[precision])
+
+
+def train_step(learner, images, labels):
+    """Take one step. Returns the loss and the count of correct answers, as tensors: reading them would stall a GPU."""
+    with learner.autocast():
+        logits = learner.model(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=RECIPE["label_smoothing"])
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.scaler.scale(loss).backward()
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def set_rates(optimizer, lr, beta1=None):
+    """Give every parameter group this learning rate and, unless None, this first beta."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if beta1 is not None:
+            group["betas"] = (beta1, group["betas"][1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One-cycle
+# ----------------------------------------------------------------------------------------------------------------------
+
+def one_cycle(step, total_steps, outer, inner):
+    """Return the value at `step` (from 0) of a cycle: linear from `outer` to `inner`, then linear back to `outer`.
+
+    Steps are counted as in `torch.optim.lr_scheduler.OneCycleLR`: the last step of the rise has `inner`, the last step
+    of the run has `outer`, and there is no annihilation below it (L. Smith, arXiv:1803.09820, section 4).
+    """
+    last = total_steps - 1
+    peak = RECIPE["peak_fraction"] * total_steps - 1
+    height = step / peak if step < peak else (last - step) / (last - peak)
+    return outer + (inner - outer) * height
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning-rate range sweep
+# ----------------------------------------------------------------------------------------------------------------------
+
+SWEEP_RULE = (
+    f"The fall is the distance from the first to the lowest smoothed loss: LRMIN is the first rate by which "
+    f"{RECIPE['sweep_margin']:.0%} of the fall is done, LRMAX the last rate after the lowest point before "
+    f"{RECIPE['sweep_margin']:.0%} of the fall is lost again.")
+
+
+def smooth(losses, steps_per_decade):
+    """Return the centred moving average of a list over half a decade of learning rate; it has no lag."""
+    half = round(steps_per_decade / 4)
+    return [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+
+
+def read_sweep(lrs, smoothed):
+    """Return (lr_min, lr_max) by SWEEP_RULE. Raises UserError where the loss never falls."""
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    margin = RECIPE["sweep_margin"] * (smoothed[0] - smoothed[lowest])
+    if margin <= 0:
+        raise UserError("the sweep found no learning rate at which the loss falls.\n"
+                        "Give --lr-max and --lr-min to train without it.")
+    first = next(i for i, loss in enumerate(smoothed) if loss <= smoothed[0] - margin)
+    lost = (i for i in range(lowest, len(smoothed)) if smoothed[i] > smoothed[lowest] + margin)
+    return lrs[first], lrs[next(lost, len(smoothed)) - 1]
+
+
+def sweep_learning_rate(learner, batches, steps):
+    """Train while the rate rises exponentially, and read LRMIN and LRMAX off the loss (L. Smith, arXiv:1506.01186).
+
+    Takes one batch of `batches` a step and stops where the loss diverges: where it is NaN or has climbed back by all
+    that it fell. Model, optimizer, gradient scaler and the global random state are afterwards what they were.
+    Returns a dictionary: lists `lr`, `loss` and `smoothed_loss`, the numbers `lr_max` and `lr_min`, and the `rule`.
+    """
+    model, optimizer, scaler = learner.model, learner.optimizer, learner.scaler
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scaler.state_dict()))
+    training = model.training
+    model.train()
+    start, end = RECIPE["sweep_range"]
+    steps_per_decade = (steps - 1) / math.log10(end / start)
+    recent = max(1, round(steps_per_decade / 2))
+    lrs, losses, lowest = [], [], math.inf
+    devices = [torch.cuda.current_device()] if learner.device == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            for step, (images, labels) in zip(range(steps), batches):
+                lr = start * (end / start) ** (step / max(1, steps - 1))
+                set_rates(optimizer, lr)
+                loss = train_step(learner, images, labels)[0].item()
+                if not math.isfinite(loss):
+                    break
+                lrs.append(lr)
+                losses.append(loss)
+                if len(losses) < recent:
+                    continue
+                began, level = statistics.fmean(losses[:recent]), statistics.fmean(losses[-recent:])
+                lowest = min(lowest, level)
+                noise = RECIPE["sweep_margin"] * began  # keeps a sweep from stopping before the loss first falls
+                if level - lowest > max(began - lowest, noise):
+                    break
+    finally:
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+        scaler.load_state_dict(before[2])
+        optimizer.zero_grad(set_to_none=True)
+        model.train(training)
+    if not losses:
+        raise UserError("the loss of the untrained model is NaN or infinite: the sweep cannot start.")
+    smoothed = smooth(losses, steps_per_decade)
+    lr_min, lr_max = read_sweep(lrs, smoothed)
+    return {"lr": lrs, "loss": losses, "smoothed_loss": smoothed, "lr_max": lr_max, "lr_min": lr_min,
+            "rule": SWEEP_RULE}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+class StatusLine:
+    """One line on a terminal that is overwritten in place and erased in the end; nothing where output is a file."""
+
+    def __init__(self):
+        self.width = 0 if sys.stdout.isatty() else None
+
+    def show(self, text):
+        if self.width is not None:
+            print(f"\r{text:<{self.width}}", end="", flush=True)
+            self.width = len(text)
+
+    def clear(self):
+        if self.width:
+            print(f"\r{'':<{self.width}}\r", end="", flush=True)
+            self.width = 0
+
+
+def train_epoch(learner, batches, lrs, beta1s, epoch, epochs_left):
+    """Train on every batch, step i at learning rate lrs[i] and first beta beta1s[i].
+
+    Returns `train_loss` and `train_accuracy`, means over the augmented images, `train_seconds` and `images_per_second`.
+    Raises Diverged where the loss is not finite: at that step on a CPU, at the latest after the epoch on a GPU, which
+    is asked for its loss only now and then because it would have to finish its queue of work for every answer.
+    """
+    learner.model.train()
+    status = StatusLine()
+    losses, sizes, correct = [], [], 0
+    started = looked = time.perf_counter()
+    try:
+        for step, (lr, beta1, (images, labels)) in enumerate(zip(lrs, beta1s, batches), start=1):
+            set_rates(learner.optimizer, lr, beta1)
+            loss, right = train_step(learner, images, labels)
+            losses.append(loss)
+            sizes.append(len(labels))
+            correct += right
+            now = time.perf_counter()
+            due = now - looked > LOOK_EVERY_SECONDS
+            if (due or learner.device == "cpu") and not math.isfinite(loss.item()):
+                break
+            if due:
+                looked = now
+                per_step = (now - started) / step
+                left = per_step * (len(lrs) * (1 + epochs_left) - step)
+                status.show(f"epoch {epoch}  batch {step}/{len(lrs)}  loss {loss.item():.3f}  "
+                            f"{sizes[0] / per_step:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+        step_losses = torch.stack(losses).cpu().double()
+        train_seconds = time.perf_counter() - started  # reading the losses waited for the device
+    finally:
+        status.clear()
+    for step, loss in enumerate(step_losses.tolist()):
+        if not math.isfinite(loss):
+            raise Diverged(epoch, step + 1, lrs[step])
+    return {"train_loss": (step_losses @ torch.tensor(sizes, dtype=torch.double)).item() / sum(sizes),
+            "train_accuracy": correct.item() / sum(sizes),
+            "train_seconds": train_seconds, "images_per_second": sum(sizes) / train_seconds}
+
+
+@torch.inference_mode()
+def predict(learner, images, mirror=False):
+    """Return the logits (N, 10), fp32, of prepared images (N, 3, 32, 32), or of their mirror images."""
+    learner.model.eval()
+    logits = []
+    for batch in images.split(EVAL_BATCH_SIZE):
+        with learner.autocast():
+            logits.append(learner.model(batch.flip(-1) if mirror else batch).float())
+    return torch.cat(logits)
+
+
+def accuracy(logits, labels):
+    """Return the fraction of the rows of logits (N, 10) whose largest is that of the label (N,)."""
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def evaluate(learner, test):
+    """Return `test_loss` (the cross-entropy trained on, smoothing included), `test_accuracy` and `test_seconds`."""
+    started = time.perf_counter()
+    logits = predict(learner, test.images)
+    loss = F.cross_entropy(logits, test.labels, label_smoothing=RECIPE["label_smoothing"]).item()
+    return {"test_loss": loss, "test_accuracy": accuracy(logits, test.labels),
+            "test_seconds": time.perf_counter() - started}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: the report (JSON) and the checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+def replace_file(path, write):
+    """Let `write(temporary path)` make a file and move it to `path` at once: a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write strict JSON (no NaN) so that the file at `path` is whole at every moment."""
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+
+
+def check_writable(path):
+    """Make the folder of `path`. Raises UserError where no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
+
+
+def new_output(device):
+    """Return the path of a new file in results/."""
+    return Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{device}.json"  # microseconds: runs may start together
+
+
+def for_seed(path, seed, runs):
+    """Return the path of one run's file: with the seed in its name where there are several runs."""
+    return path.with_name(f"{path.stem}-seed{seed}{path.suffix}") if path and runs > 1 else path
+
+
+def settings_of(options, seed, precision):
+    """Return what determines the result of a run, as a dictionary: two runs may share a checkpoint if it is equal."""
+    return {"epochs": options.epochs, "batch_size": options.batch_size, "lr_max": options.lr_max,
+            "lr_min": options.lr_min, "seed": seed, "subset": options.subset, "holdout": options.holdout,
+            "device": options.device, "precision": precision,
+            "recipe": {name: list(value) if isinstance(value, tuple) else value for name, value in RECIPE.items()}}
+
+
+def describe_environment(device, precision):
+    """Return the versions and the hardware of a run, as a dictionary."""
+    if device == "cuda":
+        device_name = torch.cuda.get_device_name()
+    else:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        device_name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "numpy": np.__version__}
+    return {**{name: str(version) for name, version in versions.items()},  # PyTorch's is no plain string
+            "device": device, "device_name": device_name, "precision": precision, "threads": torch.get_num_threads()}
+
+
+def new_report(options, settings, output):
+    """Return the report of a run that has not begun."""
+    config = {**settings, "peak_epoch": RECIPE["peak_fraction"] * options.epochs, "runs": options.runs,
+              "data_dir": str(options.data_dir), "output": str(output),
+              "checkpoint": options.checkpoint and str(options.checkpoint), "figures": not options.no_figures}
+    return {"config": config, "environment": describe_environment(options.device, settings["precision"]),
+            "data": None, "parameters": None, "lr_sweep": None, "epochs": [],
+            "summary": {"status": "running", "tta_test_accuracy": None, "preprocess_seconds": 0.0,
+                        "sweep_seconds": 0.0, "total_seconds": 0.0}}
+
+
+def summarise(report, status):
+    """Bring the summary of a report up to date with its epochs."""
+    epochs, summary = report["epochs"], report["summary"]
+    best = max(epochs, key=lambda row: row["test_accuracy"], default=None)
+    first = {f"{goal:.2f}": next((row for row in epochs if row["test_accuracy"] >= goal), None) for goal in MILESTONES}
+    summary.update(
+        status=status,
+        final_test_accuracy=epochs[-1]["test_accuracy"] if status == "complete" else None,
+        best_test_accuracy=best and best["test_accuracy"], best_epoch=best and best["epoch"],
+        train_seconds=sum(row["train_seconds"] for row in epochs),
+        seconds_to={goal: row and row["elapsed_seconds"] for goal, row in first.items()},
+        epochs_to={goal: row and row["epoch"] for goal, row in first.items()})
+
+
+def save_checkpoint(path, learner, settings, report):
+    """Write all that a run needs to go on, so that the file at `path` is whole at every moment."""
+    state = {"settings": settings, "report": report, "model": learner.model.state_dict(),
+             "optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict()}
+    replace_file(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path, learner, settings):
+    """Bring `learner` to the state saved at `path` and return the report so far.
+
+    Raises UserError where the file is no checkpoint, or one of a run with other settings.
+    """
+    try:
+        state = torch.load(path, map_location=learner.device, weights_only=True)
+        saved = {**state["settings"], **state["settings"]["recipe"]}
+    except Exception as error:  # torch.load raises many kinds
+        raise UserError(f"{path} is not a checkpoint of this script ({type(error).__name__}).\n"
+                        f"Delete it or choose another --checkpoint.") from None
+    now = {**settings, **settings["recipe"]}
+    for name in (now.keys() | saved.keys()) - {"recipe"}:
+        if now.get(name) != saved.get(name):
+            raise UserError(f"{path} is of a run with {name} {saved.get(name)}, this one has {now.get(name)}.\n"
+                            f"Delete it or choose another --checkpoint.")
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    return state["report"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures: beside the JSON, where matplotlib can be imported
+# ----------------------------------------------------------------------------------------------------------------------
+
+def in_notebook():
+    """Tell whether this code was pasted into a notebook cell: IPython is there and no file is."""
+    return hasattr(builtins, "__IPYTHON__") and "__file__" not in globals()
+
+
+def to_pixels(images, mean, std):
+    """Turn normalised images (N, 3, H, W) back into colours (N, H, W, 3) from 0 to 1, a NumPy array."""
+    images = images.float().cpu() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+    return images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def plot_sweep(figure, sweep):
+    """Draw the loss over the learning rate, with both chosen rates marked."""
+    axes = figure.subplots()
+    axes.semilogx(sweep["lr"], sweep["loss"], color="tab:blue", alpha=0.3, label="loss of each step")
+    axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed over half a decade")
+    for name, colour in (("lr_min", "tab:green"), ("lr_max", "tab:red")):
+        label = f"{name.replace('_', '').upper()} {sweep[name]:.2g}"
+        axes.axvline(sweep[name], color=colour, linestyle="--", label=label)
+    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="training loss")
+    axes.legend()
+
+
+def plot_curves(figure, rows, evaluated_on):
+    """Draw loss and accuracy over the epochs, for training and for evaluation."""
+    epochs = [row["epoch"] for row in rows]
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for name, label in (("train", "training images, augmented"), ("test", evaluated_on)):
+        loss_axes.plot(epochs, [row[f"{name}_loss"] for row in rows], marker=".", label=label)
+        accuracy_axes.plot(epochs, [100 * row[f"{name}_accuracy"] for row in rows], marker=".", label=label)
+    accuracy_axes.axhline(100 * MILESTONES[-1], color="grey", linestyle=":", label=f"{MILESTONES[-1]:.0%}")
+    loss_axes.set(title="Loss", xlabel="epoch", ylabel=f"cross-entropy, smoothing {RECIPE['label_smoothing']:g}")
+    accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="accuracy (%)")
+    for axes in (loss_axes, accuracy_axes):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def plot_schedule(figure, lrs, epochs):
+    """Draw the learning rate of every step of the run."""
+    axes = figure.subplots()
+    axes.plot([(step + 1) * epochs / len(lrs) for step in range(len(lrs))], lrs, marker="." if len(lrs) < 10 else None)
+    axes.set(title="One-cycle learning rate", xlabel="epoch", ylabel="learning rate", ylim=0)
+    axes.grid(alpha=0.3)
+
+
+def plot_images(figure, pixels, captions, columns, title):
+    """Draw images (N, H, W, 3) in a grid, each under its caption."""
+    figure.suptitle(title)
+    grid = figure.subplots(math.ceil(len(pixels) / columns), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, pixels, captions):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(caption, fontsize=8)
+
+
+def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
+    """Write the figures of a finished run beside its JSON, and show them in a notebook. Returns their paths."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("figures    skipped: matplotlib is not installed (pip install matplotlib)")
+        return []
+
+    drawn = []
+
+    def draw(name, size, plot, *content):
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        plot(figure, *content)
+        drawn.append(path.with_name(f"{path.stem}-{name}.png"))
+        figure.savefig(drawn[-1])
+
+    if report["lr_sweep"]:
+        draw("sweep", (7, 4.5), plot_sweep, report["lr_sweep"])
+    draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
+    draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
+
+    images, labels = next(augmented_batches(train, 32, epoch_generator(report["config"]["seed"], 1, learner.device)))
+    draw("augmented", (9, 5.8), plot_images, to_pixels(images, mean, std),
+         [classes[label] for label in labels.tolist()], 8, "Training images after crop, flip and cutout")
+
+    probabilities = predict(learner, test.images).softmax(1)
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != test.labels).nonzero().flatten()[:10]
+    captions = [f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}\nwith probability {confidence[i]:.2f}"
+                for i in wrong.tolist()]
+    draw("misclassified", (9, 5), plot_images, to_pixels(test.images[wrong], mean, std), captions,
+         5, f"The first misclassified {report['data']['evaluated_on']}: true class, predicted class")
+
+    if in_notebook():
+        from IPython.display import Image, display
+        for figure_path in drawn:
+            display(Image(filename=str(figure_path)))
+    return drawn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+HEADINGS = ("epoch", "lr", "train loss", "train acc", "test loss", "test acc", "train s", "test s", "images/s",
+            "total s")
+
+
+def print_row(row):
+    """Print one epoch under HEADINGS, each column as wide as its heading or 7 characters."""
+    cells = (f"{row['epoch']}", f"{row['lr']:.5f}", f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2%}",
+             f"{row['test_loss']:.4f}", f"{row['test_accuracy']:.2%}", f"{row['train_seconds']:.1f}",
+             f"{row['test_seconds']:.1f}", f"{row['images_per_second']:,.0f}", f"{row['elapsed_seconds']:.1f}")
+    print("  ".join(cell.rjust(max(7, len(heading))) for cell, heading in zip(cells, HEADINGS)), flush=True)
+
+
+def select_images(options, train, test):
+    """Apply --subset and --holdout. Returns the images to train on, those to evaluate on, and a name for the latter."""
+    if options.subset:
+        train = Split(*(values[:options.subset] for values in train))
+        test = Split(*(values[:options.subset // 5] for values in test))
+    if not options.holdout:
+        return train, test, "test images"
+    return (Split(*(values[:-options.holdout] for values in train)),
+            Split(*(values[-options.holdout:] for values in train)), "held-out training images")
+
+
+def print_heading(report):
+    """Print what is being run, and on what."""
+    data, environment = report["data"], report["environment"]
+    print(f"model      custom ResNet, {report['parameters']:,} parameters, seed {report['config']['seed']}\n"
+          f"device     {environment['device']} ({environment['device_name']}), {environment['precision']}, "
+          f"{environment['threads']} CPU threads, PyTorch {environment['torch']}\n"
+          f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
+          f"report     {report['config']['output']}", flush=True)
+
+
+def print_summary(report):
+    """Print how a run ended."""
+    summary = report["summary"]
+    print(f"final      {summary['final_test_accuracy']:.2%} of the {report['data']['evaluated_on']} "
+          f"({summary['tta_test_accuracy']:.2%} with the mirror image averaged in)\n"
+          f"time       {summary['train_seconds']:.1f} s of training, {summary['total_seconds']:.1f} s in all")
+    for goal, seconds in summary["seconds_to"].items():
+        if seconds is not None:
+            print(f"to {float(goal):.0%}     epoch {summary['epochs_to'][goal]}, {seconds:.1f} s")
+
+
+def find_rates(config, learner, train, report):
+    """Set the config's lr_max and lr_min: as given, else from a sweep, which the report records."""
+    if None in (config["lr_max"], config["lr_min"]):
+        started = time.perf_counter()
+        epochs, batch_size = RECIPE["sweep_epochs"], config["batch_size"]
+        steps = min(RECIPE["sweep_steps"], epochs * math.ceil(len(train.labels) / batch_size))
+        status = StatusLine()
+        status.show(f"sweep      {steps} steps ...")
+        batches = (batch for epoch in range(epochs) for batch in augmented_batches(
+            train, batch_size, epoch_generator(config["seed"], SWEEP_EPOCH + epoch, learner.device)))
+        sweep = report["lr_sweep"] = sweep_learning_rate(learner, batches, steps)
+        config["lr_max"] = config["lr_max"] or sweep["lr_max"]
+        config["lr_min"] = config["lr_min"] or sweep["lr_min"]
+        report["summary"]["sweep_seconds"] = time.perf_counter() - started
+        status.clear()
+        print(f"sweep      {len(sweep['lr'])} steps in {report['summary']['sweep_seconds']:.1f} s: the loss fell from "
+              f"{sweep['smoothed_loss'][0]:.2f} to {min(sweep['smoothed_loss']):.2f}", flush=True)
+    if config["lr_min"] > config["lr_max"]:
+        raise UserError(f"LRMIN {config['lr_min']:.2g} is above LRMAX {config['lr_max']:.2g}: the sweep found the one, "
+                        f"the other was given.\nGive both --lr-max and --lr-min.")
+    print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch {config['peak_epoch']:g} "
+          f"of {config['epochs']}", flush=True)
+
+
+def plan_cycle(config, images):
+    """Return the learning rate and the first beta of every step of the run, two lists."""
+    total_steps = config["epochs"] * math.ceil(images / config["batch_size"])
+    lrs = [one_cycle(step, total_steps, config["lr_min"], config["lr_max"]) for step in range(total_steps)]
+    beta1s = [one_cycle(step, total_steps, *RECIPE["beta1"]) for step in range(total_steps)]
+    return lrs, beta1s
+
+
+def train_once(options, seed, data, output):
+    """Do one run: prepare the data, find the rates, train, evaluate, and write the report to `output`. Returns it.
+
+    Raises Diverged, UserError, KeyboardInterrupt and what PyTorch raises; the report on disk then says where it stood.
+    """
+    precision = choose_precision(options.device) if options.precision == "auto" else options.precision
+    settings = settings_of(options, seed, precision)
+    learner = make_learner(seed, options.device, precision)
+    report = new_report(options, settings, output)
+    checkpoint = for_seed(options.checkpoint, seed, options.runs)
+    if checkpoint and checkpoint.exists():
+        report = load_checkpoint(checkpoint, learner, settings)
+        if options.output is None:
+            output = Path(report["config"]["output"])  # go on in the same file
+        report["config"]["output"] = str(output)
+    config, summary, rows = report["config"], report["summary"], report["epochs"]
+    started = time.perf_counter() - summary["total_seconds"]
+
+    train, test, evaluated_on = select_images(options, *data[:2])
+    mean, std = channel_statistics(train.images)
+    report["data"] = {"train_images": len(train.labels), "test_images": len(test.labels), "mean": mean.tolist(),
+                      "std": std.tolist(), "evaluated_on": evaluated_on}
+    report["parameters"] = sum(parameter.numel() for parameter in learner.model.parameters())
+    print_heading(report)
+
+    def save(status):
+        summary["total_seconds"] = time.perf_counter() - started
+        summarise(report, status)
+        write_json(output, report)
+
+    try:
+        save("running")
+        train = prepare(train, mean, std, options.device, learner.dtype, RECIPE["padding"])
+        test = prepare(test, mean, std, options.device, learner.dtype)
+        if not rows:
+            summary["preprocess_seconds"] = time.perf_counter() - started
+            find_rates(config, learner, train, report)
+            save("running")
+        lrs, beta1s = plan_cycle(config, len(train.labels))
+        print("  ".join(heading.rjust(7) for heading in HEADINGS), flush=True)
+        for row in rows:
+            print_row(row)
+        for epoch in range(len(rows) + 1, options.epochs + 1):
+            steps = slice((epoch - 1) * len(lrs) // options.epochs, epoch * len(lrs) // options.epochs)
+            batches = augmented_batches(train, options.batch_size, epoch_generator(seed, epoch, options.device))
+            trained = train_epoch(learner, batches, lrs[steps], beta1s[steps], epoch, options.epochs - epoch)
+            before = rows[-1]["elapsed_seconds"] if rows else summary["preprocess_seconds"]
+            evaluated = evaluate(learner, test)
+            if not math.isfinite(evaluated["test_loss"]):
+                raise Diverged(epoch, len(lrs) // options.epochs, lrs[steps][-1])
+            rows.append({"epoch": epoch, "lr": lrs[steps][-1], **trained, **evaluated,
+                         "elapsed_seconds": before + trained["train_seconds"]})
+            print_row(rows[-1])
+            save("running")
+            if checkpoint:
+                save_checkpoint(checkpoint, learner, settings, report)
+        both_views = predict(learner, test.images) + predict(learner, test.images, mirror=True)
+        summary["tta_test_accuracy"] = accuracy(both_views, test.labels)
+        save("complete")
+    except Diverged as divergence:
+        summary["diverged"] = divergence.where
+        save("diverged")
+        raise
+    except BaseException:
+        save("interrupted")
+        raise
+
+    print_summary(report)
+    if not options.no_figures:
+        drawn = draw_figures(output, report, lrs, learner, train, test, mean, std, data[2])
+        print("".join(f"figure     {path}\n" for path in drawn), end="", flush=True)
+    return report
+
+
+def report_runs(reports, path):
+    """Print and write to `path` the statistics of several runs: the sample standard deviation, and counts."""
+    accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
+    statistic = {"seeds": [report["config"]["seed"] for report in reports], "final_test_accuracy": accuracies,
+                 "tta_test_accuracy": [report["summary"]["tta_test_accuracy"] for report in reports],
+                 "train_seconds": [report["summary"]["train_seconds"] for report in reports],
+                 "runs": len(reports), "mean": statistics.fmean(accuracies), "std": statistics.stdev(accuracies),
+                 "min": min(accuracies), "max": max(accuracies),
+                 "reached_goal": sum(value >= MILESTONES[-1] for value in accuracies), "goal": MILESTONES[-1],
+                 "config": {**reports[0]["config"], "output": str(path)}, "environment": reports[0]["environment"]}
+    write_json(path, statistic)
+    print(f"{len(reports)} runs     mean {statistic['mean']:.2%}, standard deviation {statistic['std']:.2%}, "
+          f"min {statistic['min']:.2%}, max {statistic['max']:.2%}; "
+          f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}\nreport     {path}")
+
+
+def main(argv=None):
+    """Run the script with the given arguments (default: the command line's). Returns the exit code."""
+    options = parse_arguments(argv)
+    try:
+        output = options.output or new_output(options.device)
+        for path in filter(None, [output, options.checkpoint]):
+            check_writable(path)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN look for its fastest kernels
+        data = load_cifar10(options.data_dir)
+        reports = []
+        for seed in range(options.seed, options.seed + options.runs):
+            reports.append(train_once(options, seed, data, for_seed(output, seed, options.runs)))
+        if options.runs > 1:
+            report_runs(reports, output)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (UserError, Diverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
+            raise
+        print(f"error: out of memory on {options.device}: try a smaller --batch-size than {options.batch_size}.",
+              file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    if in_notebook():
+        main([])  # the kernel's own sys.argv is not meant for this; for other options call main(["--epochs", "10"])
+    else:
+        sys.exit(main())
