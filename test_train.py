@@ -6,10 +6,12 @@ They need no GPU, no network and no data set: those that read images write small
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -66,21 +68,23 @@ class Workplace:
     """A folder with small data, where the script runs in this process (`run`) or in one of its own (`start`)."""
 
     def __init__(self, folder, attributes):
-        self.folder, self.attributes = folder, attributes
+        self.folder, self.attributes, self.processes = folder, attributes, []
         self.launcher = folder / "launcher.py"
         self.launcher.write_text(
-            "import runpy, sys\n"
+            "import runpy, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job would ignore Ctrl-C
             "from torchvision.datasets import CIFAR10\n"
             f"for name, value in {attributes!r}.items(): setattr(CIFAR10, name, value)\n"
             f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
 
     def run(self, *arguments):
-        return train.main(["--batch-size", "50", "--no-figures", "--output", "run.json", *map(str, arguments)])
+        return train.main([*SMALL, "--no-figures", "--output", "run.json", *map(str, arguments)])
 
-    def start(self, *arguments, **keywords):
-        return subprocess.Popen([sys.executable, self.launcher, "--batch-size", "50", "--no-figures",
-                                 *map(str, arguments)], cwd=self.folder, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
+    def start(self, *arguments):
+        process = subprocess.Popen([sys.executable, self.launcher, *SMALL, "--no-figures", *map(str, arguments)],
+                                   cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.processes.append(process)
+        return process
 
     def report(self, name="run.json"):
         def refuse(constant):
@@ -95,9 +99,13 @@ def workplace(tmp_path, monkeypatch):
     for name, value in attributes.items():
         monkeypatch.setattr(CIFAR10, name, value)
     monkeypatch.chdir(tmp_path)
-    return Workplace(tmp_path, attributes)
+    workplace = Workplace(tmp_path, attributes)
+    yield workplace
+    for process in workplace.processes:
+        process.kill()
 
 
+SMALL = ("--batch-size", "50", "--device", "cpu")  # a CPU gives the same result twice, a GPU need not
 RATES = ("--lr-max", "0.01", "--lr-min", "0.0001")  # given where a test is not about the sweep
 
 
@@ -220,6 +228,15 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
     assert labels(0, 1) != labels(0, 2) != labels(1, 2) != labels(0, 1)
 
 
+def test_batches_are_channels_last_and_in_the_precision_of_training():
+    split = random_split(20)
+    prepared = train.prepare(split, *train.channel_statistics(split.images), "cpu", torch.bfloat16, padding=4)
+    for images, labels in train.augmented_batches(prepared, 8, train.epoch_generator(0, 1, "cpu")):
+        assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.bfloat16
+        assert images.shape == (len(labels), 3, 32, 32)
+    assert train.memory_format("cuda") == torch.channels_last and train.memory_format("mps") == torch.contiguous_format
+
+
 def test_subset_and_holdout_select_the_right_images():
     training = train.Split(torch.zeros(50, 1), torch.arange(50))
     testing = train.Split(torch.zeros(40, 1), torch.arange(100, 140))
@@ -258,8 +275,7 @@ def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr_max, total_steps=total, pct_start=5 / 24, anneal_strategy="linear", base_momentum=0.85,
         max_momentum=0.95, div_factor=lr_max / lr_min, final_div_factor=1.0)
-    images = 10 * steps_per_epoch
-    lrs, beta1s = train.plan_cycle({"epochs": epochs, "batch_size": 10, "lr_min": lr_min, "lr_max": lr_max}, images)
+    lrs, beta1s = train.plan_cycle({"epochs": epochs, "lr_min": lr_min, "lr_max": lr_max}, steps_per_epoch)
     assert len(lrs) == len(beta1s) == total
     for lr, beta1 in zip(lrs, beta1s):
         assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
@@ -270,7 +286,7 @@ def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch):
 
 
 def test_one_cycle_peaks_at_the_end_of_epoch_5_and_ends_at_lr_min():
-    lrs, _ = train.plan_cycle({"epochs": 24, "batch_size": 512, "lr_min": 1e-5, "lr_max": 1e-2}, 50_000)
+    lrs, _ = train.plan_cycle({"epochs": 24, "lr_min": 1e-5, "lr_max": 1e-2}, 98)
     assert lrs.index(max(lrs)) == 5 * 98 - 1 and max(lrs) == pytest.approx(1e-2)
     assert lrs[0] == lrs[-1] == min(lrs) == pytest.approx(1e-5)
 
@@ -357,14 +373,97 @@ def test_sweep_leaves_everything_as_it_was(steps_before):
     for _, (images, labels) in zip(range(steps_before), batches()):
         train.train_step(learner, images, labels)
     weights, groups, state, random_state = snapshot(learner)
+    learner.model.eval()
     sweep = train.sweep_learning_rate(learner, batches(), 20)
-    assert len(sweep["lr"]) > 5
+    assert len(sweep["lr"]) > 5 and not learner.model.training
     weights_after, groups_after, state_after, random_state_after = snapshot(learner)
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
     assert groups == groups_after and state.keys() == state_after.keys()
     assert all(torch.equal(state[key], state_after[key]) for key in state)
     assert torch.equal(random_state, random_state_after)
     assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_sweep_puts_everything_back_after_an_interruption():
+    learner = train.make_learner(0, "cpu", "fp32")
+    learner.scaler = torch.amp.GradScaler("cpu", growth_interval=1)  # grows with every step
+    weights = snapshot(learner)[0]
+
+    def batches():
+        yield from 3 * [(torch.randn(8, 3, 32, 32), torch.arange(8))]
+        raise KeyboardInterrupt
+    scale = learner.scaler.get_scale()
+    with pytest.raises(KeyboardInterrupt):
+        train.sweep_learning_rate(learner, batches(), 20)
+    assert all(torch.equal(a, b) for a, b in zip(weights, snapshot(learner)[0], strict=True))
+    assert learner.scaler.get_scale() == scale
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer, step, evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_decay_is_decoupled_and_spares_biases_and_batch_norms():
+    learner = train.make_learner(0, "cpu", "fp32")
+    train.set_rates(learner.optimizer, 0.1, 0.9)
+    before = {name: value.clone() for name, value in learner.model.named_parameters()}
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    for name, value in learner.model.named_parameters():
+        kept = 1 - 0.1 * train.RECIPE["weight_decay"] if value.ndim > 1 else 1
+        torch.testing.assert_close(value, kept * before[name])
+    assert learner.optimizer.param_groups[0]["fused"]
+
+
+def test_a_step_against_pytorch_written_out():
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    learner, reference = (train.make_learner(0, "cpu", "fp32") for _ in range(2))
+    logits = reference.model(images)
+    smoothing = train.RECIPE["label_smoothing"]
+    log_p = logits.log_softmax(1)
+    loss = -((1 - smoothing) * log_p[range(8), labels] + smoothing * log_p.mean(1)).mean()
+    loss.backward()
+    reported, correct = train.train_step(learner, images, labels)
+    torch.testing.assert_close(reported, loss.detach())
+    assert correct == (logits.argmax(1) == labels).sum()
+    for ours, theirs in zip(learner.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_an_epoch_takes_each_step_at_its_rates_and_weighs_every_image_alike(monkeypatch):
+    taken = []
+
+    def step(learner, images, labels):
+        group = learner.optimizer.param_groups[-1]
+        taken.append((group["lr"], group["betas"][0]))
+        return torch.tensor(float(len(taken))), torch.tensor(len(labels) - 1)
+    monkeypatch.setattr(train, "train_step", step)
+    learner = train.make_learner(0, "cpu", "fp32")
+    batches = [(torch.zeros(size, 3, 32, 32), torch.zeros(size)) for size in (4, 4, 2)]
+    result = train.train_epoch(learner, batches, [0.1, 0.2, 0.3], [0.95, 0.9, 0.85], 1, 1)
+    assert taken == [(0.1, 0.95), (0.2, 0.9), (0.3, 0.85)]
+    assert result["train_loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
+    assert result["train_accuracy"] == pytest.approx((3 + 3 + 1) / 10)
+
+
+def test_prediction_and_evaluation_against_pytorch_written_out(monkeypatch):
+    learner = train.make_learner(0, "cpu", "fp32")
+    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
+    learner.model(images)  # gives the running statistics something other than their start
+    learner.model.eval()
+    with torch.no_grad():
+        expected, mirrored = learner.model(images), learner.model(TF.hflip(images))
+    learner.model.train()
+    monkeypatch.setattr(train, "EVAL_BATCH_SIZE", 4)  # three batches, the last one smaller
+    torch.testing.assert_close(train.predict(learner, images), expected)
+    torch.testing.assert_close(train.predict(learner, images, mirror=True), mirrored)
+    result = train.evaluate(learner, train.Split(images, labels))
+    smoothing = train.RECIPE["label_smoothing"]
+    log_p = expected.log_softmax(1)
+    loss = -((1 - smoothing) * log_p[range(10), labels] + smoothing * log_p.mean(1)).mean()
+    assert result["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert result["test_accuracy"] == sum(expected.argmax(1).tolist()[i] == i for i in range(10)) / 10
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -380,7 +479,7 @@ def metrics(report):
 
 
 def test_resume_ends_as_an_uninterrupted_run(workplace, monkeypatch):
-    assert workplace.run("--epochs", 4, "--checkpoint", "whole.pt", "--output", "whole.json") == 0
+    assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "whole.pt", "--output", "whole.json") == 0
     print_row = train.print_row
 
     def interrupt_after_epoch_2(row):
@@ -389,9 +488,9 @@ def test_resume_ends_as_an_uninterrupted_run(workplace, monkeypatch):
             monkeypatch.setattr(train, "print_row", print_row)
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "print_row", interrupt_after_epoch_2)
-    assert workplace.run("--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 130
+    assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 130
     assert workplace.report("parts.json")["summary"]["status"] == "interrupted"
-    assert workplace.run("--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 0
+    assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 0
 
     whole, parts = workplace.report("whole.json"), workplace.report("parts.json")
     assert metrics(whole) == metrics(parts) and len(whole["epochs"]) == 4
@@ -401,3 +500,451 @@ def test_resume_ends_as_an_uninterrupted_run(workplace, monkeypatch):
         assert len(flat[0]) == len(flat[1]) > 30
         for a, b in zip(*flat):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_resuming_a_finished_run_trains_no_further(workplace):
+    for _ in range(2):
+        assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
+    assert len(workplace.report()["epochs"]) == 1 and workplace.report()["summary"]["status"] == "complete"
+
+
+@pytest.mark.parametrize("arguments, difference", [
+    (["--epochs", 2], "epochs 1, not 2"), (["--epochs", 1, "--holdout", 10], "holdout 0, not 10"),
+    (["--epochs", 2, "--seed", 7], "epochs 1, not 2; seed 0, not 7")])
+def test_checkpoint_of_another_configuration_is_refused(workplace, capsys, arguments, difference):
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
+    before = Path("run.pt").read_bytes()
+    assert workplace.run(*arguments, "--checkpoint", "run.pt", *RATES) == 1
+    assert difference in capsys.readouterr().err
+    assert Path("run.pt").read_bytes() == before
+
+
+def test_checkpoint_of_another_recipe_is_refused(workplace, capsys, monkeypatch):
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
+    monkeypatch.setitem(train.RECIPE, "weight_decay", 0.3)
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
+    assert "weight_decay 0.2, not 0.3" in capsys.readouterr().err
+
+
+def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path):
+    path = tmp_path / "file"
+    train.write_json(path, {"epoch": 1})
+
+    def die_half_way(temporary):
+        temporary.write_text("half")
+        assert json.loads(path.read_text()) == {"epoch": 1}  # a reader meanwhile sees the old file
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.replace_file(path, die_half_way)
+    assert json.loads(path.read_text()) == {"epoch": 1} and os.listdir(tmp_path) == ["file"]
+    train.write_json(path, {"epoch": 2})
+    assert json.loads(path.read_text()) == {"epoch": 2}
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(workplace, capsys):
+    Path("run.pt").write_text("not a checkpoint")
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
+    assert "run.pt is not a checkpoint" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run and what it writes
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_a_run_reports_all_it_should(workplace, capsys):
+    assert workplace.run("--epochs", 8, "--batch-size", 30) == 0
+    report = workplace.report()
+    config, summary, rows = report["config"], report["summary"], report["epochs"]
+
+    assert config["epochs"] == 8 and config["batch_size"] == 50 and config["peak_epoch"] == pytest.approx(8 * 5 / 24)
+    assert config["recipe"]["weight_decay"] == train.RECIPE["weight_decay"]
+    assert set(report["environment"]) == {"python", "torch", "torchvision", "numpy", "device", "device_name",
+                                          "precision", "threads"}
+    images = train.load_cifar10(Path("data"))[0].images.double() / 255
+    assert report["data"]["train_images"] == 100 and report["data"]["test_images"] == 20
+    assert report["data"]["mean"] == pytest.approx(images.mean(dim=(0, 2, 3)).tolist(), rel=1e-5)
+    assert report["data"]["evaluated_on"] == "test images"
+    assert report["parameters"] == 6_573_130
+
+    sweep = report["lr_sweep"]
+    assert (sweep["lr_max"], sweep["lr_min"]) == (config["lr_max"], config["lr_min"]) and sweep["rule"]
+    assert len(sweep["lr"]) == len(sweep["loss"]) == len(sweep["smoothed_loss"]) <= 8  # two epochs of four steps
+
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert all(set(row) == {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+                            "train_seconds", "test_seconds", "images_per_second", "elapsed_seconds"} for row in rows)
+    assert rows[-1]["lr"] == pytest.approx(config["lr_min"])
+    assert rows[0]["elapsed_seconds"] == pytest.approx(summary["preprocess_seconds"] + rows[0]["train_seconds"])
+    assert all(row["images_per_second"] == pytest.approx(100 / row["train_seconds"]) for row in rows)
+
+    best = max(row["test_accuracy"] for row in rows)
+    assert summary["status"] == "complete"
+    assert summary["final_test_accuracy"] == rows[-1]["test_accuracy"]
+    assert summary["best_test_accuracy"] == best == rows[summary["best_epoch"] - 1]["test_accuracy"]
+    assert summary["train_seconds"] == pytest.approx(sum(row["train_seconds"] for row in rows))
+    assert summary["total_seconds"] > summary["train_seconds"] + summary["sweep_seconds"]
+
+    screen = capsys.readouterr().out
+    assert "6,573,130 parameters" in screen and f"LRMAX {config['lr_max']:.3g}" in screen and "\r" not in screen
+    table = screen[screen.index("epoch  "):].splitlines()[:9]
+    assert len(set(map(len, table))) == 1, "the table's rows are not of one width"
+
+
+def test_the_mirror_image_is_averaged_in(workplace, monkeypatch):
+    predict, seen = train.predict, {}
+
+    def remember(learner, images, mirror=False):
+        seen[mirror] = predict(learner, images, mirror)
+        return seen[mirror]
+    monkeypatch.setattr(train, "predict", remember)
+    assert workplace.run("--epochs", 2, *RATES) == 0
+    labels = train.load_cifar10(Path("data"))[1].labels
+    right = ((seen[False] + seen[True]).argmax(1) == labels).sum().item()
+    assert workplace.report()["summary"]["tta_test_accuracy"] == right / 20
+
+
+def test_holdout_trains_without_and_evaluates_on_the_last_images(workplace):
+    assert workplace.run("--epochs", 1, "--holdout", 30, *RATES) == 0
+    data = workplace.report()["data"]
+    assert (data["train_images"], data["test_images"]) == (70, 30)
+    assert data["evaluated_on"] == "held-out training images"
+    images = train.load_cifar10(Path("data"))[0].images[:70].double() / 255
+    assert data["mean"] == pytest.approx(images.mean(dim=(0, 2, 3)).tolist(), rel=1e-5)
+
+
+def test_training_learns_far_above_chance(workplace):
+    assert workplace.run("--epochs", 8, "--lr-max", 0.003, "--lr-min", 0.0001) == 0
+    rows = workplace.report()["epochs"]
+    assert rows[0]["train_accuracy"] < 0.5 and rows[-1]["train_accuracy"] > 0.8
+    assert workplace.report()["summary"]["final_test_accuracy"] >= 0.6  # chance: 0.1
+    assert workplace.report()["lr_sweep"] is None
+
+
+def test_milestones_are_the_first_epochs_that_reach_them():
+    rows = [{"epoch": epoch, "test_accuracy": accuracy, "elapsed_seconds": 10.0 * epoch, "train_seconds": 9.0}
+            for epoch, accuracy in enumerate([0.5, 0.91, 0.89, 0.93], start=1)]
+    report = {"epochs": rows, "summary": {}}
+    train.summarise(report, "complete")
+    assert report["summary"]["epochs_to"] == {"0.90": 2, "0.94": None}
+    assert report["summary"]["seconds_to"] == {"0.90": 20.0, "0.94": None}
+    assert report["summary"]["final_test_accuracy"] == 0.93 and report["summary"]["train_seconds"] == 36.0
+
+
+def test_runs_report_each_seed_and_their_statistics(workplace, capsys):
+    assert workplace.run("--epochs", 1, "--runs", 3, "--seed", 4, *RATES) == 0
+    reports = [workplace.report(f"run-seed{seed}.json") for seed in (4, 5, 6)]
+    assert [report["config"]["seed"] for report in reports] == [4, 5, 6]
+    assert len({report["epochs"][0]["train_loss"] for report in reports}) == 3
+    accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
+    statistic = workplace.report()
+    assert statistic["final_test_accuracy"] == accuracies and statistic["seeds"] == [4, 5, 6]
+    assert statistic["mean"] == pytest.approx(np.mean(accuracies))
+    assert statistic["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert (statistic["min"], statistic["max"]) == (min(accuracies), max(accuracies))
+    assert statistic["reached_goal"] == sum(accuracy >= 0.94 for accuracy in accuracies)
+    assert f"mean {np.mean(accuracies):.2%}" in capsys.readouterr().out
+
+
+def test_one_rate_alone_is_found_by_the_sweep(workplace):
+    assert workplace.run("--epochs", 1, "--lr-max", 0.5) == 0
+    config, sweep = workplace.report()["config"], workplace.report()["lr_sweep"]
+    assert config["lr_max"] == 0.5 and config["lr_min"] == sweep["lr_min"] != 0.5
+
+
+def test_by_default_every_run_writes_a_new_file(workplace):
+    for _ in range(2):
+        assert train.main([*SMALL, "--epochs", "1", "--no-figures", *RATES]) == 0
+    assert len(list(Path("results").glob("*.json"))) == 2
+
+
+def test_figures_are_drawn_where_matplotlib_is(workplace):
+    pytest.importorskip("matplotlib")
+    assert train.main([*SMALL, "--epochs", "1", "--output", "run.json"]) == 0
+    figures = {path.name for path in Path().glob("*.png")}
+    assert figures == {f"run-{name}.png" for name in ("sweep", "curves", "schedule", "augmented", "misclassified")}
+    assert all(Path(name).stat().st_size > 5000 for name in figures)
+
+
+def test_without_matplotlib_one_line_says_so(workplace, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train.main([*SMALL, "--epochs", "1", "--output", "run.json", *RATES]) == 0
+    assert capsys.readouterr().out.count("matplotlib is not installed") == 1
+    assert not list(Path().glob("*.png"))
+
+
+def test_pixels_of_figures_are_the_images_in_their_colours():
+    split = random_split(4)
+    mean, std = train.channel_statistics(split.images)
+    prepared = train.prepare(split, mean, std, "cpu", torch.float32)
+    pixels = train.to_pixels(prepared.images, mean, std)
+    np.testing.assert_allclose(pixels, split.images.permute(0, 2, 3, 1).numpy() / 255, atol=1e-6)
+
+
+def test_status_line_is_for_terminals_and_leaves_nothing(monkeypatch, capsys):
+    for terminal, expected in ((False, ""), (True, "\rlong text\rshort    \r     \r")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        status = train.StatusLine()
+        status.show("long text")
+        status.show("short")
+        status.clear()
+        assert capsys.readouterr().out == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("capabilities, expected", [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                                                    ({"avx512_bf16": False, "avx2": True}, "fp32"), ({}, "fp32")])
+def test_cpu_precision_follows_its_instructions(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert train.choose_precision("cpu") == expected
+
+
+def test_precision_of_other_devices(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert train.choose_precision("cpu") == train.choose_precision("mps") == "fp32"
+    for native, expected in ((True, "bf16"), (False, "fp16")):  # a T4 emulates bf16: that does not count
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: native or including_emulation)
+        assert train.choose_precision("cuda") == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_in_low_precision_go_as_in_full(precision):
+    split = random_split(8)
+    mean, std = train.channel_statistics(split.images)
+    losses = {}
+    for name in ("fp32", precision):
+        learner = train.make_learner(0, "cpu", name)
+        prepared = train.prepare(split, mean, std, "cpu", learner.dtype)
+        train.set_rates(learner.optimizer, 1e-3, 0.9)
+        losses[name] = [train.train_step(learner, *prepared)[0].item() for _ in range(4)]
+        assert all(parameter.dtype == torch.float32 for parameter in learner.model.parameters())
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp32"][-1] < losses["fp32"][0]
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow():
+    learner = train.make_learner(0, "cpu", "fp16")
+    split = random_split(8)
+    prepared = train.prepare(split, *train.channel_statistics(split.images), "cpu", torch.float16)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    before = learner.model.head.weight.clone()
+    train.train_step(learner, *prepared)
+    assert torch.equal(learner.model.head.weight, before) and learner.scaler.get_scale() < 2.0 ** 40
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When things go wrong
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--epochs", "0"], "--epochs: 0 is too small"),
+    (["--epochs", "-3"], "--epochs: -3 is too small"),
+    (["--epochs", "many"], "--epochs: 'many' is not a whole number"),
+    (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number"),
+    (["--batch-size", "50001"], "--batch-size 50001 is above the 50000 training images"),
+    (["--batch-size", "512", "--subset", "100"], "--batch-size 512 is above the 100 training images"),
+    (["--subset", "50001"], "--subset: 50001 is too large"),
+    (["--lr-max", "0"], "--lr-max: 0 is not a learning rate"),
+    (["--lr-max", "nan"], "--lr-max: nan is not a learning rate"),
+    (["--lr-max", "high"], "--lr-max: 'high' is not a number"),
+    (["--lr-min", "0.1", "--lr-max", "0.01"], "--lr-min 0.1 is above --lr-max 0.01"),
+    (["--holdout", "50000"], "--holdout 50000 leaves nothing to train on"),
+    (["--subset", "1000", "--holdout", "1000"], "--holdout 1000 leaves nothing to train on"),
+    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    (["--seed", "-1"], "--seed: -1 is too small"),
+    (["--runs", "0"], "--runs: 0 is too small")])
+def test_options_without_sense_end_with_usage_and_one_sentence(capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("usage: train.py") and sentence in message.splitlines()[-1]
+
+
+def test_fp16_on_an_apple_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--device", "mps", "--precision", "fp16"])
+    assert stop.value.code == 2 and "--precision fp16 needs" in capsys.readouterr().err
+
+
+def test_cuda_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--device", "cuda"])
+    assert stop.value.code == 2 and "--device cuda: PyTorch finds no such device" in capsys.readouterr().err
+
+
+def test_no_data_and_no_network(workplace, tmp_path):
+    process = workplace.start("--data-dir", "elsewhere")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and CIFAR10.url in message[0]
+    assert "elsewhere" in err.splitlines()[-1]
+    assert not [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("results/*"))
+
+
+def test_data_laid_down_by_hand_as_an_archive(workplace, tmp_path, monkeypatch):
+    import tarfile
+    archive = tmp_path / "by-hand" / CIFAR10.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "data" / CIFAR10.base_folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    training, testing, _ = train.load_cifar10(archive.parent)
+    assert len(training.labels) == 100 and len(testing.labels) == 20
+    assert torch.equal(training.images, train.load_cifar10(tmp_path / "data")[0].images)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:-1] + b"!"])
+def test_a_truncated_or_altered_file_is_named_and_not_trained_on(workplace, capsys, name, damage):
+    path = Path("data") / CIFAR10.base_folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert workplace.run("--epochs", 1, *RATES) == 1
+    message = capsys.readouterr().err
+    assert str(path) in message and "checksum is wrong" in message and not Path("run.json").exists()
+
+
+def test_divergence_stops_at_once_and_says_where(workplace, capsys):
+    assert workplace.run("--epochs", 3, "--lr-max", 1e30, "--lr-min", 1e29) == 1
+    message = capsys.readouterr().err
+    summary = workplace.report()["summary"]
+    assert summary["status"] == "diverged" and summary["final_test_accuracy"] is None
+    where = summary["diverged"]
+    assert where["epoch"] == 1 and where["step"] == 2  # the first step is taken at finite weights
+    assert f"epoch 1, step 2, learning rate {where['lr']:.3g}" in message and "--lr-max" in message
+
+
+def test_an_altered_archive_is_named_and_not_unpacked(tmp_path):
+    archive = tmp_path / CIFAR10.filename
+    archive.write_bytes(b"half an archive")
+    with pytest.raises(train.UserError, match="checksum is wrong") as error:
+        train.load_cifar10(tmp_path)
+    assert str(archive) in str(error.value) and os.listdir(tmp_path) == [archive.name]
+
+
+def test_ctrl_c_keeps_the_epochs_so_far(workplace):
+    process = workplace.start("--epochs", 500, "--output", "run.json", *RATES)
+    wait_for_epoch(workplace, process, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    report = workplace.report()
+    assert report["summary"]["status"] == "interrupted" and len(report["epochs"]) >= 2
+
+
+def wait_for_epoch(workplace, process, epoch):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workplace.folder / "run.json").exists() and len(workplace.report()["epochs"]) >= epoch:
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"no epoch {epoch}: {process.communicate()}")
+
+
+def test_sigkill_leaves_whole_files_and_the_run_goes_on(workplace):
+    arguments = ("--epochs", 6, "--output", "run.json", "--checkpoint", "run.pt", *RATES)
+    for epoch in (1, 3):
+        process = workplace.start(*arguments)
+        wait_for_epoch(workplace, process, epoch)  # every look at the file until then found it whole
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert workplace.report()["summary"]["status"] == "running"
+    assert workplace.run("--epochs", 6, "--checkpoint", "run.pt", *RATES) == 0
+    resumed = workplace.report()
+    Path("run.pt").unlink()
+    assert workplace.run("--epochs", 6, *RATES) == 0
+    assert metrics(resumed)[0] == metrics(workplace.report())[0] and len(resumed["epochs"]) == 6
+
+
+def test_a_place_that_cannot_be_written_is_named_before_training(workplace, capsys, monkeypatch):
+    Path("file").write_text("")
+    monkeypatch.setattr(train, "train_once", lambda *arguments: pytest.fail("it trained"))
+    for arguments in (["--output", "file/run.json"], ["--output", "data"], ["--checkpoint", "file/run.pt"]):
+        assert workplace.run("--epochs", 1, *arguments) == 1
+        assert f"cannot write {arguments[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+                                   RuntimeError("MPS backend out of memory")])
+def test_out_of_memory_suggests_a_smaller_batch(workplace, capsys, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(train, "train_step", fail)
+    assert workplace.run("--epochs", 1, *RATES) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "out of memory" in message and "smaller --batch-size" in message
+    assert workplace.report()["summary"]["status"] == "interrupted"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The notebook and the help
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_pasted_into_a_notebook_cell_it_runs_with_the_defaults(workplace):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    small_data = (f"from torchvision.datasets import CIFAR10\n"
+                  f"for name, value in {workplace.attributes!r}.items(): setattr(CIFAR10, name, value)")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in
+                                               (small_data, SCRIPT.read_text())])
+    client = nbclient.NotebookClient(notebook, timeout=300, allow_errors=True,
+                                     resources={"metadata": {"path": str(workplace.folder)}})
+    client.execute()
+    outputs = notebook.cells[1].outputs
+    assert not [output for output in outputs if output.output_type == "error"]
+    (report,) = map(json.loads, map(Path.read_text, Path("results").glob("*.json")))
+    assert report["summary"]["status"] == "complete" and report["config"]["epochs"] == 24
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "LRMAX" in text and len([line for line in text.splitlines() if line.strip()[:2].strip().isdigit()]) == 24
+    if importlib.util.find_spec("matplotlib"):  # five, or four where no test image was misclassified
+        assert len([output for output in outputs if "image/png" in output.get("data", {})]) in (4, 5)
+
+
+def test_importing_does_nothing_but_define():
+    process = subprocess.run([sys.executable, "-c", "import train"], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    for name, default in (("epochs", 24), ("batch-size", 512), ("lr-max", "found by the sweep"), ("seed", 0),
+                          ("lr-min", "found by the sweep"), ("runs", 1), ("subset", "all"), ("holdout", 0),
+                          ("data-dir", "data"), ("device", "auto"), ("precision", "auto"), ("checkpoint", "off"),
+                          ("output", "a new file in results/"), ("no-figures", "figures too, with matplotlib")):
+        described = screen[screen.rindex(f" --{name} "):]
+        assert described[described.index("(default: "):].startswith(f"(default: {default})"), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_the_readme_quotes_its_reports():
+    quoted = 0
+    for line in (SCRIPT.parent / "README.md").read_text().splitlines():
+        for name in re.findall(r"^\|.*\]\((results/[^)]*\.json)\)", line):
+            report = json.loads((SCRIPT.parent / name).read_text())
+            summary, cells = report["summary"], [cell.strip() for cell in line.split("|")]
+            assert report["environment"]["precision"] in cells
+            assert f"{summary['train_seconds']:,.0f}" in cells and f"{summary['total_seconds']:,.0f}" in cells
+            assert f"{summary['final_test_accuracy']:.2%}" in cells
+            assert f"{summary['tta_test_accuracy']:.2%}" in cells
+            assert str(report["config"]["seed"]) in cells
+            quoted += 1
+    assert quoted >= 1
+
+
+def test_every_file_that_the_readme_shows_is_there():
+    shown = re.findall(r"\]\(((?!http)[^)]+)\)", (SCRIPT.parent / "README.md").read_text())
+    assert shown and all((SCRIPT.parent / name).exists() for name in shown)

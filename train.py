@@ -14,6 +14,7 @@ import argparse
 import builtins
 import copy
 import http.client
+import itertools
 import json
 import math
 import os
@@ -46,9 +47,9 @@ RECIPE = {
     # Adam's first beta moves against the rate: outer value at LRMIN, inner value at LRMAX.
     "beta1": (0.95, 0.85),
     "beta2": 0.999,
-    # Decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. LRMAX times this sets how
-    # far a weight forgets its past in a step; 0.2 at LRMAX 0.01 gives each step of Adam the same relative size as the
-    # original's SGD (rate 0.4, momentum 0.9, decay 5e-4) has.
+    # Decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. At LRMAX 0.01 a step
+    # forgets 0.01 x 0.2 = 0.002 of each weight, as the original's SGD does at its peak: 0.4 / (1 - 0.9) x 5e-4, with
+    # rate 0.4, momentum 0.9 and decay 5e-4.
     "weight_decay": 0.2,
     "label_smoothing": 0.2,
     # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
@@ -66,10 +67,11 @@ RECIPE = {
 }
 
 TRAIN_IMAGES = 50_000  # in CIFAR-10
+SWEEP_FEWEST_STEPS = 8  # a sweep of a handful of batches repeats them rather than leap over the rates that matter
 SWEEP_EPOCH = 900_000  # numbers the sweep's epochs, so that its random draws are none of training's
 MILESTONES = (0.90, 0.94)  # test accuracies whose time is reported; the last is the goal
 EVAL_BATCH_SIZE = 2000
-LOOK_EVERY_SECONDS = 1.0  # how often a GPU is asked for its loss inside an epoch
+STATUS_SECONDS = 1.0  # how often a GPU is asked for its loss inside an epoch, which shows in the status line
 
 
 class UserError(Exception):
@@ -118,27 +120,29 @@ def learning_rate(text):
 def parse_arguments(argv=None):
     """Return the options as a namespace, with `device` resolved; exit with code 2 where they make no sense."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
-    option("--epochs", type=whole_number(1), default=24, help="passes over the training images")
-    option("--batch-size", type=whole_number(2), default=512, help="images in a step")
-    option("--lr-max", type=learning_rate, help="peak learning rate (default: found by the sweep)")
-    option("--lr-min", type=learning_rate, help="first and last learning rate (default: found by the sweep)")
-    option("--seed", type=whole_number(0), default=0, help="of the weights, the shuffling and the augmentation")
-    option("--runs", type=whole_number(1), default=1, metavar="N", help="train N times, with seeds SEED, SEED+1, ...")
-    option("--subset", type=whole_number(5, TRAIN_IMAGES), nargs="?", const=2000, metavar="N",
-           help="use the first N training images and N/5 test images; 2000 where N is left out (default: all)")
-    option("--holdout", type=whole_number(0, TRAIN_IMAGES), default=0, metavar="N",
-           help="train without the last N training images and evaluate on them instead of on the test set")
-    option("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="CIFAR-10; downloaded on first use")
-    option("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the fastest there is")
-    option("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-           help="auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32")
-    option("--checkpoint", type=Path, metavar="FILE",
-           help="save the state here after every epoch, and go on from it where it exists (default: off)")
-    option("--output", type=Path, metavar="FILE", help="JSON to write (default: a new file in results/)")
-    option("--no-figures", action="store_true", help="write the JSON alone")
+        prog="train.py", description="Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.")
+
+    def option(name, help, shown_default="%(default)s", **keywords):
+        parser.add_argument(name, help=f"{help} (default: {shown_default})", **keywords)
+
+    option("--epochs", "passes over the training images", type=whole_number(1), default=24, metavar="N")
+    option("--batch-size", "images in a step", type=whole_number(2), default=512, metavar="N")
+    option("--lr-max", "peak learning rate", "found by the sweep", type=learning_rate, metavar="RATE")
+    option("--lr-min", "first and last learning rate", "found by the sweep", type=learning_rate, metavar="RATE")
+    option("--seed", "of weights, shuffling and augmentation", type=whole_number(0, 2**32 - 1), default=0, metavar="N")
+    option("--runs", "train N times, with seeds SEED, SEED + 1, ...", type=whole_number(1), default=1, metavar="N")
+    option("--subset", "use the first N training images and N/5 test images; 2000 where N is left out", "all",
+           type=whole_number(5, TRAIN_IMAGES), nargs="?", const=2000, metavar="N")
+    option("--holdout", "train without the last N training images and evaluate on them, not on the test set",
+           type=whole_number(0, TRAIN_IMAGES), default=0, metavar="N")
+    option("--data-dir", "where CIFAR-10 is, or is downloaded to", type=Path, default=Path("data"), metavar="DIR")
+    option("--device", "auto is the fastest there is", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    option("--precision", "auto is bf16 where the hardware has it, fp16 on older CUDA GPUs, else fp32",
+           choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    option("--checkpoint", "save the state here after every epoch, and go on from it where it exists", "off",
+           type=Path, metavar="FILE")
+    option("--output", "JSON to write", "a new file in results/", type=Path, metavar="FILE")
+    option("--no-figures", "write the JSON alone", "figures too, with matplotlib", action="store_true")
     options = parser.parse_args(argv)
 
     if options.lr_min and options.lr_max and options.lr_min > options.lr_max:
@@ -153,6 +157,8 @@ def parse_arguments(argv=None):
         options.device = next(device for device, there in available.items() if there)
     elif not available[options.device]:
         parser.error(f"--device {options.device}: PyTorch finds no such device here; try --device cpu")
+    if options.device == "mps" and options.precision == "fp16":
+        parser.error("--precision fp16 needs gradient scaling, which PyTorch lacks on Apple GPUs; try --precision fp32")
     return options
 
 
@@ -216,8 +222,14 @@ def channel_statistics(images):
     return mean, std
 
 
+def memory_format(device):
+    """Return the layout of images and weights that is fastest on `device` and right."""
+    # On Apple GPUs, PyTorch's gradients of channels-last images were wrong until late 2026 (pytorch issue 175189).
+    return torch.contiguous_format if device == "mps" else torch.channels_last
+
+
 def prepare(split, mean, std, device, dtype, padding=0):
-    """Normalise uint8 images, pad them and lay them out on `device` with channels last: the format of fast kernels.
+    """Normalise uint8 images, pad them and lay them out on `device`.
 
     Returns a Split of images (N, 3, H + 2 padding, W + 2 padding) of type `dtype`.
     """
@@ -226,7 +238,7 @@ def prepare(split, mean, std, device, dtype, padding=0):
     images = images.sub_(mean).div_(std).to(dtype)
     if padding:
         images = F.pad(images, (padding,) * 4, mode=RECIPE["padding_mode"])
-    return Split(images.contiguous(memory_format=torch.channels_last), split.labels.to(device))
+    return Split(images.contiguous(memory_format=memory_format(device)), split.labels.to(device))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,7 +265,7 @@ def draw_augmentation(count, size, generator):
 
 
 def crop(images, top, left, size):
-    """Cut (B, C, size, size) out of channels-last (B, C, H, W), each image at its own corner."""
+    """Cut (B, C, size, size) out of (B, C, H, W), each image at its own corner; the result is channels-last."""
     span = torch.arange(size, device=images.device)
     image = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     row = (top.view(-1, 1) + span).view(-1, size, 1)
@@ -288,7 +300,8 @@ def augmented_batches(train, batch_size, generator):
     order = torch.randperm(len(train.labels), generator=generator, device=generator.device)
     for chosen in order.split(batch_size):
         draws = draw_augmentation(len(chosen), size, generator)
-        yield augment(train.images[chosen], draws), train.labels[chosen]
+        images = augment(train.images[chosen], draws)
+        yield images.contiguous(memory_format=memory_format(images.device.type)), train.labels[chosen]
 
 
 def epoch_generator(seed, epoch, device):
@@ -352,7 +365,7 @@ def choose_precision(device):
     """Return the fastest precision that `device` has instructions for; never one that it only emulates."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # added to PyTorch in 2026
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older PyTorch cannot tell
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return "bf16"
@@ -375,7 +388,7 @@ class Learner:
 def make_learner(seed, device, precision):
     """Return a Learner around a fresh ResNet: the same weights on every device for the same seed."""
     torch.manual_seed(seed)
-    model = ResNet().to(device, memory_format=torch.channels_last)
+    model = ResNet().to(device, memory_format=memory_format(device))
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     biases_and_norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": RECIPE["weight_decay"]},
@@ -404,6 +417,30 @@ def set_rates(optimizer, lr, beta1=None):
         group["lr"] = lr
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])
+
+
+class StatusLine:
+    """One line on a terminal that is overwritten in place and erased in the end; nothing where output is a file."""
+
+    def __init__(self):
+        self.is_terminal = sys.stdout.isatty()
+        self.width = 0
+        self.shown = time.perf_counter()
+
+    def is_due(self):
+        """Tell whether the last `show`, or the making of this line, is longer ago than STATUS_SECONDS."""
+        return time.perf_counter() - self.shown > STATUS_SECONDS
+
+    def show(self, text):
+        self.shown = time.perf_counter()
+        if self.is_terminal:
+            print(f"\r{text:<{self.width}}", end="", flush=True)
+            self.width = len(text)
+
+    def clear(self):
+        if self.width:
+            print(f"\r{'':<{self.width}}\r", end="", flush=True)
+            self.width = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,7 +492,8 @@ def sweep_learning_rate(learner, batches, steps):
 
     Takes one batch of `batches` a step and stops where the loss diverges: where it is NaN or has climbed back by all
     that it fell. Model, optimizer, gradient scaler and the global random state are afterwards what they were.
-    Returns a dictionary: lists `lr`, `loss` and `smoothed_loss`, the numbers `lr_max` and `lr_min`, and the `rule`.
+    Returns a dictionary: the lists `lr`, `loss` (of each batch before its step) and `smoothed_loss`, the numbers
+    `lr_max` and `lr_min`, and the `rule`.
     """
     model, optimizer, scaler = learner.model, learner.optimizer, learner.scaler
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scaler.state_dict()))
@@ -465,6 +503,7 @@ def sweep_learning_rate(learner, batches, steps):
     steps_per_decade = (steps - 1) / math.log10(end / start)
     recent = max(1, round(steps_per_decade / 2))
     lrs, losses, lowest = [], [], math.inf
+    status = StatusLine()
     devices = [torch.cuda.current_device()] if learner.device == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -476,6 +515,7 @@ def sweep_learning_rate(learner, batches, steps):
                     break
                 lrs.append(lr)
                 losses.append(loss)
+                status.show(f"sweep      step {step + 1}/{steps}  learning rate {lr:.1e}  loss {loss:.3f}")
                 if len(losses) < recent:
                     continue
                 began, level = statistics.fmean(losses[:recent]), statistics.fmean(losses[-recent:])
@@ -484,6 +524,7 @@ def sweep_learning_rate(learner, batches, steps):
                 if level - lowest > max(began - lowest, noise):
                     break
     finally:
+        status.clear()
         model.load_state_dict(before[0])
         optimizer.load_state_dict(before[1])
         scaler.load_state_dict(before[2])
@@ -501,51 +542,29 @@ def sweep_learning_rate(learner, batches, steps):
 # Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
-class StatusLine:
-    """One line on a terminal that is overwritten in place and erased in the end; nothing where output is a file."""
-
-    def __init__(self):
-        self.width = 0 if sys.stdout.isatty() else None
-
-    def show(self, text):
-        if self.width is not None:
-            print(f"\r{text:<{self.width}}", end="", flush=True)
-            self.width = len(text)
-
-    def clear(self):
-        if self.width:
-            print(f"\r{'':<{self.width}}\r", end="", flush=True)
-            self.width = 0
-
-
-def train_epoch(learner, batches, lrs, beta1s, epoch, epochs_left):
+def train_epoch(learner, batches, lrs, beta1s, epoch, epochs):
     """Train on every batch, step i at learning rate lrs[i] and first beta beta1s[i].
 
     Returns `train_loss` and `train_accuracy`, means over the augmented images, `train_seconds` and `images_per_second`.
-    Raises Diverged where the loss is not finite: at that step on a CPU, at the latest after the epoch on a GPU, which
-    is asked for its loss only now and then because it would have to finish its queue of work for every answer.
+    Raises Diverged where the loss is not finite: at that step on a CPU, on a GPU with the next status line or after
+    the epoch, because asking for a loss more often would keep it waiting.
     """
     learner.model.train()
     status = StatusLine()
     losses, sizes, correct = [], [], 0
-    started = looked = time.perf_counter()
+    started = time.perf_counter()
     try:
-        for step, (lr, beta1, (images, labels)) in enumerate(zip(lrs, beta1s, batches), start=1):
+        for lr, beta1, (images, labels) in zip(lrs, beta1s, batches):
             set_rates(learner.optimizer, lr, beta1)
             loss, right = train_step(learner, images, labels)
             losses.append(loss)
             sizes.append(len(labels))
             correct += right
-            now = time.perf_counter()
-            due = now - looked > LOOK_EVERY_SECONDS
-            if (due or learner.device == "cpu") and not math.isfinite(loss.item()):
-                break
-            if due:
-                looked = now
-                per_step = (now - started) / step
-                left = per_step * (len(lrs) * (1 + epochs_left) - step)
-                status.show(f"epoch {epoch}  batch {step}/{len(lrs)}  loss {loss.item():.3f}  "
-                            f"{sizes[0] / per_step:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+            if learner.device == "cpu" or status.is_due():
+                value = loss.item()
+                if not math.isfinite(value):
+                    break
+                status.show(progress(epoch, epochs, len(losses), len(lrs), value, sum(sizes), started))
         step_losses = torch.stack(losses).cpu().double()
         train_seconds = time.perf_counter() - started  # reading the losses waited for the device
     finally:
@@ -556,6 +575,14 @@ def train_epoch(learner, batches, lrs, beta1s, epoch, epochs_left):
     return {"train_loss": (step_losses @ torch.tensor(sizes, dtype=torch.double)).item() / sum(sizes),
             "train_accuracy": correct.item() / sum(sizes),
             "train_seconds": train_seconds, "images_per_second": sum(sizes) / train_seconds}
+
+
+def progress(epoch, epochs, step, steps, loss, images, started):
+    """Return the text of the status line after `step` of an epoch's `steps`; the time left is that of training."""
+    seconds = time.perf_counter() - started
+    minutes, seconds_left = divmod(round(seconds / step * (steps * (1 + epochs - epoch) - step)), 60)
+    return (f"epoch {epoch}/{epochs}  batch {step}/{steps}  loss {loss:.3f}  {images / seconds:,.0f} images/s  "
+            f"{minutes}:{seconds_left:02} left")
 
 
 @torch.inference_mode()
@@ -589,7 +616,7 @@ def evaluate(learner, test):
 
 def replace_file(path, write):
     """Let `write(temporary path)` make a file and move it to `path` at once: a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         write(temporary)
         temporary.replace(path)
@@ -623,8 +650,9 @@ def for_seed(path, seed, runs):
     return path.with_name(f"{path.stem}-seed{seed}{path.suffix}") if path and runs > 1 else path
 
 
-def settings_of(options, seed, precision):
+def settings_of(options, seed):
     """Return what determines the result of a run, as a dictionary: two runs may share a checkpoint if it is equal."""
+    precision = choose_precision(options.device) if options.precision == "auto" else options.precision
     return {"epochs": options.epochs, "batch_size": options.batch_size, "lr_max": options.lr_max,
             "lr_min": options.lr_min, "seed": seed, "subset": options.subset, "holdout": options.holdout,
             "device": options.device, "precision": precision,
@@ -644,11 +672,11 @@ def describe_environment(device, precision):
             "device": device, "device_name": device_name, "precision": precision, "threads": torch.get_num_threads()}
 
 
-def new_report(options, settings, output):
+def new_report(options, settings, output, checkpoint):
     """Return the report of a run that has not begun."""
     config = {**settings, "peak_epoch": RECIPE["peak_fraction"] * options.epochs, "runs": options.runs,
               "data_dir": str(options.data_dir), "output": str(output),
-              "checkpoint": options.checkpoint and str(options.checkpoint), "figures": not options.no_figures}
+              "checkpoint": checkpoint and str(checkpoint), "figures": not options.no_figures}
     return {"config": config, "environment": describe_environment(options.device, settings["precision"]),
             "data": None, "parameters": None, "lr_sweep": None, "epochs": [],
             "summary": {"status": "running", "tta_test_accuracy": None, "preprocess_seconds": 0.0,
@@ -673,7 +701,10 @@ def save_checkpoint(path, learner, settings, report):
     """Write all that a run needs to go on, so that the file at `path` is whole at every moment."""
     state = {"settings": settings, "report": report, "model": learner.model.state_dict(),
              "optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict()}
-    replace_file(path, lambda temporary: torch.save(state, temporary))
+    try:
+        replace_file(path, lambda temporary: torch.save(state, temporary))
+    except RuntimeError as error:  # what PyTorch makes of a full disk
+        raise UserError(f"cannot write {path} ({error}).") from None
 
 
 def load_checkpoint(path, learner, settings):
@@ -681,21 +712,20 @@ def load_checkpoint(path, learner, settings):
 
     Raises UserError where the file is no checkpoint, or one of a run with other settings.
     """
+    advice = "Delete it or choose another --checkpoint."
     try:
         state = torch.load(path, map_location=learner.device, weights_only=True)
-        saved = {**state["settings"], **state["settings"]["recipe"]}
-    except Exception as error:  # torch.load raises many kinds
-        raise UserError(f"{path} is not a checkpoint of this script ({type(error).__name__}).\n"
-                        f"Delete it or choose another --checkpoint.") from None
-    now = {**settings, **settings["recipe"]}
-    for name in (now.keys() | saved.keys()) - {"recipe"}:
-        if now.get(name) != saved.get(name):
-            raise UserError(f"{path} is of a run with {name} {saved.get(name)}, this one has {now.get(name)}.\n"
-                            f"Delete it or choose another --checkpoint.")
-    learner.model.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    learner.scaler.load_state_dict(state["scaler"])
-    return state["report"]
+        saved, now = ({**given, **given["recipe"], "recipe": None} for given in (state["settings"], settings))
+        differences = [f"{name} {saved.get(name)}, not {now.get(name)}" for name in sorted(saved.keys() | now.keys())
+                       if saved.get(name) != now.get(name)]
+        if not differences:
+            learner.model.load_state_dict(state["model"])
+            learner.optimizer.load_state_dict(state["optimizer"])
+            learner.scaler.load_state_dict(state["scaler"])
+            return state["report"]
+    except Exception as error:  # what a damaged file raises is of many kinds
+        raise UserError(f"{path} is not a checkpoint of this script ({type(error).__name__}).\n{advice}") from None
+    raise UserError(f"{path} is of a run with {'; '.join(differences)}.\n{advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -713,14 +743,14 @@ def to_pixels(images, mean, std):
     return images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def plot_sweep(figure, sweep):
-    """Draw the loss over the learning rate, with both chosen rates marked."""
+def plot_sweep(figure, sweep, lr_min, lr_max):
+    """Draw the loss over the learning rate, with both rates that training took marked."""
     axes = figure.subplots()
     axes.semilogx(sweep["lr"], sweep["loss"], color="tab:blue", alpha=0.3, label="loss of each step")
     axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed over half a decade")
-    for name, colour in (("lr_min", "tab:green"), ("lr_max", "tab:red")):
-        label = f"{name.replace('_', '').upper()} {sweep[name]:.2g}"
-        axes.axvline(sweep[name], color=colour, linestyle="--", label=label)
+    axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
+    axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))  # a diverged end would flatten the rest
     axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="training loss")
     axes.legend()
 
@@ -768,7 +798,7 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
         print("figures    skipped: matplotlib is not installed (pip install matplotlib)")
         return []
 
-    drawn = []
+    config, drawn = report["config"], []
 
     def draw(name, size, plot, *content):
         figure = Figure(figsize=size, dpi=120, layout="constrained")
@@ -777,11 +807,11 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
         figure.savefig(drawn[-1])
 
     if report["lr_sweep"]:
-        draw("sweep", (7, 4.5), plot_sweep, report["lr_sweep"])
+        draw("sweep", (7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"])
     draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
     draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
 
-    images, labels = next(augmented_batches(train, 32, epoch_generator(report["config"]["seed"], 1, learner.device)))
+    images, labels = next(augmented_batches(train, 32, epoch_generator(config["seed"], 1, learner.device)))
     draw("augmented", (9, 5.8), plot_images, to_pixels(images, mean, std),
          [classes[label] for label in labels.tolist()], 8, "Training images after crop, flip and cutout")
 
@@ -790,8 +820,9 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
     wrong = (predicted != test.labels).nonzero().flatten()[:10]
     captions = [f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}\nwith probability {confidence[i]:.2f}"
                 for i in wrong.tolist()]
-    draw("misclassified", (9, 5), plot_images, to_pixels(test.images[wrong], mean, std), captions,
-         5, f"The first misclassified {report['data']['evaluated_on']}: true class, predicted class")
+    if captions:
+        draw("misclassified", (9, 5), plot_images, to_pixels(test.images[wrong], mean, std), captions,
+             5, f"The first misclassified {report['data']['evaluated_on']}: true class, predicted class")
 
     if in_notebook():
         from IPython.display import Image, display
@@ -806,6 +837,13 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
 
 HEADINGS = ("epoch", "lr", "train loss", "train acc", "test loss", "test acc", "train s", "test s", "images/s",
             "total s")
+
+
+def print_table(rows):
+    """Print HEADINGS and the rows of the epochs that a checkpoint brought."""
+    print("  ".join(heading.rjust(7) for heading in HEADINGS), flush=True)
+    for row in rows:
+        print_row(row)
 
 
 def print_row(row):
@@ -848,36 +886,46 @@ def print_summary(report):
             print(f"to {float(goal):.0%}     epoch {summary['epochs_to'][goal]}, {seconds:.1f} s")
 
 
-def find_rates(config, learner, train, report):
-    """Set the config's lr_max and lr_min: as given, else from a sweep, which the report records."""
+def find_rates(config, learner, train, steps_per_epoch, report):
+    """Set the config's lr_max and lr_min where they were not given, by a sweep, which the report records."""
     if None in (config["lr_max"], config["lr_min"]):
         started = time.perf_counter()
-        epochs, batch_size = RECIPE["sweep_epochs"], config["batch_size"]
-        steps = min(RECIPE["sweep_steps"], epochs * math.ceil(len(train.labels) / batch_size))
-        status = StatusLine()
-        status.show(f"sweep      {steps} steps ...")
-        batches = (batch for epoch in range(epochs) for batch in augmented_batches(
-            train, batch_size, epoch_generator(config["seed"], SWEEP_EPOCH + epoch, learner.device)))
+        steps = max(SWEEP_FEWEST_STEPS, min(RECIPE["sweep_steps"], RECIPE["sweep_epochs"] * steps_per_epoch))
+        batches = (batch for epoch in itertools.count(SWEEP_EPOCH) for batch in augmented_batches(
+            train, config["batch_size"], epoch_generator(config["seed"], epoch, learner.device)))
         sweep = report["lr_sweep"] = sweep_learning_rate(learner, batches, steps)
         config["lr_max"] = config["lr_max"] or sweep["lr_max"]
         config["lr_min"] = config["lr_min"] or sweep["lr_min"]
         report["summary"]["sweep_seconds"] = time.perf_counter() - started
-        status.clear()
         print(f"sweep      {len(sweep['lr'])} steps in {report['summary']['sweep_seconds']:.1f} s: the loss fell from "
               f"{sweep['smoothed_loss'][0]:.2f} to {min(sweep['smoothed_loss']):.2f}", flush=True)
     if config["lr_min"] > config["lr_max"]:
         raise UserError(f"LRMIN {config['lr_min']:.2g} is above LRMAX {config['lr_max']:.2g}: the sweep found the one, "
                         f"the other was given.\nGive both --lr-max and --lr-min.")
-    print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch {config['peak_epoch']:g} "
-          f"of {config['epochs']}", flush=True)
 
 
-def plan_cycle(config, images):
+def plan_cycle(config, steps_per_epoch):
     """Return the learning rate and the first beta of every step of the run, two lists."""
-    total_steps = config["epochs"] * math.ceil(images / config["batch_size"])
+    total_steps = config["epochs"] * steps_per_epoch
     lrs = [one_cycle(step, total_steps, config["lr_min"], config["lr_max"]) for step in range(total_steps)]
     beta1s = [one_cycle(step, total_steps, *RECIPE["beta1"]) for step in range(total_steps)]
     return lrs, beta1s
+
+
+def begin(options, seed, output):
+    """Return the settings, the learner and the report of a run: new ones, or as its checkpoint has them."""
+    settings = settings_of(options, seed)
+    learner = make_learner(seed, options.device, settings["precision"])
+    checkpoint = for_seed(options.checkpoint, seed, options.runs)
+    report = new_report(options, settings, output, checkpoint)
+    if checkpoint and checkpoint.exists():
+        saved = load_checkpoint(checkpoint, learner, settings)
+        report.update({name: saved[name] for name in ("lr_sweep", "epochs", "summary")})
+        report["config"].update({name: saved["config"][name] for name in ("lr_max", "lr_min")})
+        if options.output is None:
+            report["config"]["output"] = saved["config"]["output"]  # go on in the same file
+    report["parameters"] = sum(parameter.numel() for parameter in learner.model.parameters())
+    return settings, learner, report
 
 
 def train_once(options, seed, data, output):
@@ -885,24 +933,16 @@ def train_once(options, seed, data, output):
 
     Raises Diverged, UserError, KeyboardInterrupt and what PyTorch raises; the report on disk then says where it stood.
     """
-    precision = choose_precision(options.device) if options.precision == "auto" else options.precision
-    settings = settings_of(options, seed, precision)
-    learner = make_learner(seed, options.device, precision)
-    report = new_report(options, settings, output)
-    checkpoint = for_seed(options.checkpoint, seed, options.runs)
-    if checkpoint and checkpoint.exists():
-        report = load_checkpoint(checkpoint, learner, settings)
-        if options.output is None:
-            output = Path(report["config"]["output"])  # go on in the same file
-        report["config"]["output"] = str(output)
+    settings, learner, report = begin(options, seed, output)
     config, summary, rows = report["config"], report["summary"], report["epochs"]
     started = time.perf_counter() - summary["total_seconds"]
+    output, checkpoint = Path(config["output"]), config["checkpoint"] and Path(config["checkpoint"])
 
     train, test, evaluated_on = select_images(options, *data[:2])
     mean, std = channel_statistics(train.images)
     report["data"] = {"train_images": len(train.labels), "test_images": len(test.labels), "mean": mean.tolist(),
                       "std": std.tolist(), "evaluated_on": evaluated_on}
-    report["parameters"] = sum(parameter.numel() for parameter in learner.model.parameters())
+    steps_per_epoch = math.ceil(len(train.labels) / options.batch_size)
     print_heading(report)
 
     def save(status):
@@ -916,20 +956,20 @@ def train_once(options, seed, data, output):
         test = prepare(test, mean, std, options.device, learner.dtype)
         if not rows:
             summary["preprocess_seconds"] = time.perf_counter() - started
-            find_rates(config, learner, train, report)
+            find_rates(config, learner, train, steps_per_epoch, report)
             save("running")
-        lrs, beta1s = plan_cycle(config, len(train.labels))
-        print("  ".join(heading.rjust(7) for heading in HEADINGS), flush=True)
-        for row in rows:
-            print_row(row)
+        print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch "
+              f"{config['peak_epoch']:g} of {options.epochs}")
+        print_table(rows)
+        lrs, beta1s = plan_cycle(config, steps_per_epoch)
         for epoch in range(len(rows) + 1, options.epochs + 1):
-            steps = slice((epoch - 1) * len(lrs) // options.epochs, epoch * len(lrs) // options.epochs)
+            steps = slice((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch)
             batches = augmented_batches(train, options.batch_size, epoch_generator(seed, epoch, options.device))
-            trained = train_epoch(learner, batches, lrs[steps], beta1s[steps], epoch, options.epochs - epoch)
-            before = rows[-1]["elapsed_seconds"] if rows else summary["preprocess_seconds"]
+            trained = train_epoch(learner, batches, lrs[steps], beta1s[steps], epoch, options.epochs)
             evaluated = evaluate(learner, test)
             if not math.isfinite(evaluated["test_loss"]):
-                raise Diverged(epoch, len(lrs) // options.epochs, lrs[steps][-1])
+                raise Diverged(epoch, steps_per_epoch, lrs[steps][-1])
+            before = rows[-1]["elapsed_seconds"] if rows else summary["preprocess_seconds"]
             rows.append({"epoch": epoch, "lr": lrs[steps][-1], **trained, **evaluated,
                          "elapsed_seconds": before + trained["train_seconds"]})
             print_row(rows[-1])
@@ -965,7 +1005,7 @@ def report_runs(reports, path):
                  "reached_goal": sum(value >= MILESTONES[-1] for value in accuracies), "goal": MILESTONES[-1],
                  "config": {**reports[0]["config"], "output": str(path)}, "environment": reports[0]["environment"]}
     write_json(path, statistic)
-    print(f"{len(reports)} runs     mean {statistic['mean']:.2%}, standard deviation {statistic['std']:.2%}, "
+    print(f"{f'{len(reports)} runs':<11}mean {statistic['mean']:.2%}, standard deviation {statistic['std']:.2%}, "
           f"min {statistic['min']:.2%}, max {statistic['max']:.2%}; "
           f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}\nreport     {path}")
 
@@ -977,7 +1017,7 @@ def main(argv=None):
         output = options.output or new_output(options.device)
         for path in filter(None, [output, options.checkpoint]):
             check_writable(path)
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes: let cuDNN look for its fastest kernels
+        torch.backends.cudnn.benchmark = True  # shapes repeat: let cuDNN look for its fastest kernels
         data = load_cifar10(options.data_dir)
         reports = []
         for seed in range(options.seed, options.seed + options.runs):
@@ -988,7 +1028,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
