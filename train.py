@@ -475,6 +475,15 @@ def smooth(losses, steps_per_decade):
     return [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
 
 
+def has_diverged(losses, window):
+    """Tell whether the loss, averaged over the last `window` steps, has climbed back by all that it fell."""
+    levels = [statistics.fmean(losses[end - window:end]) for end in range(window, len(losses) + 1)]
+    if not levels:
+        return False
+    noise = RECIPE["sweep_margin"] * levels[0]  # is no climb: a sweep is not to stop before the loss first falls
+    return levels[-1] - min(levels) > max(levels[0] - min(levels), noise)
+
+
 def read_sweep(lrs, smoothed):
     """Return (lr_min, lr_max) by SWEEP_RULE. Raises UserError where the loss never falls."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
@@ -490,8 +499,8 @@ def read_sweep(lrs, smoothed):
 def sweep_learning_rate(learner, batches, steps):
     """Train while the rate rises exponentially, and read LRMIN and LRMAX off the loss (L. Smith, arXiv:1506.01186).
 
-    Takes one batch of `batches` a step and stops where the loss diverges: where it is NaN or has climbed back by all
-    that it fell. Model, optimizer, gradient scaler and the global random state are afterwards what they were.
+    Takes one batch of `batches` a step and stops where the loss is NaN or has diverged. Model, optimizer, gradient
+    scaler and the global random state are afterwards what they were.
     Returns a dictionary: the lists `lr`, `loss` (of each batch before its step) and `smoothed_loss`, the numbers
     `lr_max` and `lr_min`, and the `rule`.
     """
@@ -501,9 +510,8 @@ def sweep_learning_rate(learner, batches, steps):
     model.train()
     start, end = RECIPE["sweep_range"]
     steps_per_decade = (steps - 1) / math.log10(end / start)
-    recent = max(1, round(steps_per_decade / 2))
-    lrs, losses, lowest = [], [], math.inf
-    status = StatusLine()
+    window = max(1, round(steps_per_decade / 2))
+    lrs, losses, status = [], [], StatusLine()
     devices = [torch.cuda.current_device()] if learner.device == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -516,12 +524,7 @@ def sweep_learning_rate(learner, batches, steps):
                 lrs.append(lr)
                 losses.append(loss)
                 status.show(f"sweep      step {step + 1}/{steps}  learning rate {lr:.1e}  loss {loss:.3f}")
-                if len(losses) < recent:
-                    continue
-                began, level = statistics.fmean(losses[:recent]), statistics.fmean(losses[-recent:])
-                lowest = min(lowest, level)
-                noise = RECIPE["sweep_margin"] * began  # keeps a sweep from stopping before the loss first falls
-                if level - lowest > max(began - lowest, noise):
+                if has_diverged(losses, window):
                     break
     finally:
         status.clear()
