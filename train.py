@@ -13,6 +13,7 @@ sweep, training, evaluation, files, figures, and the run that puts them together
 import argparse
 import builtins
 import copy
+import ctypes
 import http.client
 import itertools
 import json
@@ -754,8 +755,8 @@ def plot_sweep(figure, sweep, lr_min, lr_max):
     axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))  # a diverged end would flatten the rest
+    axes.legend(loc="upper center")
     axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="training loss")
-    axes.legend()
 
 
 def plot_curves(figure, rows, evaluated_on):
@@ -1013,6 +1014,18 @@ def report_runs(reports, path):
           f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}\nreport     {path}")
 
 
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones, on Linux; elsewhere do nothing.
+
+    Left to itself, glibc hands a step's activations back to the system and gets them anew, page by page and zeroed, in
+    the next step: a fifth of the time of a step on a CPU. The price is that the process stays at its largest size.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # never give the end of the heap back
+        ctypes.CDLL(None).mallopt(mmap_max, 0)  # take large blocks from the heap too
+
+
 def main(argv=None):
     """Run the script with the given arguments (default: the command line's). Returns the exit code."""
     options = parse_arguments(argv)
@@ -1021,6 +1034,8 @@ def main(argv=None):
         for path in filter(None, [output, options.checkpoint]):
             check_writable(path)
         torch.backends.cudnn.benchmark = True  # shapes repeat: let cuDNN look for its fastest kernels
+        if options.device == "cpu":
+            keep_freed_memory()
         data = load_cifar10(options.data_dir)
         reports = []
         for seed in range(options.seed, options.seed + options.runs):
