@@ -942,7 +942,7 @@ def test_the_readme_quotes_its_reports():
             summary, cells = report["summary"], [cell.strip() for cell in line.split("|")]
             assert report["environment"]["precision"] in cells
             assert f"{summary['train_seconds']:,.0f}" in cells and f"{summary['total_seconds']:,.0f}" in cells
-            assert f"{summary['final_test_accuracy']:.2%}" in cells
+            assert f"{summary['final_test_accuracy']:.2%}" in [cell.strip("*") for cell in cells]
             assert f"{summary['tta_test_accuracy']:.2%}" in cells
             assert str(report["config"]["seed"]) in cells
             quoted += 1
