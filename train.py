@@ -159,7 +159,7 @@ def parse_arguments(argv=None):
     elif not available[options.device]:
         parser.error(f"--device {options.device}: PyTorch finds no such device here; try --device cpu")
     if options.device == "mps" and options.precision == "fp16":
-        parser.error("--precision fp16 needs gradient scaling, which PyTorch lacks on Apple GPUs; try --precision fp32")
+        parser.error("--precision fp16 needs gradient scaling, which is not reliable on Apple GPUs; try --precision fp32")
     return options
 
 
@@ -225,7 +225,7 @@ def channel_statistics(images):
 
 def memory_format(device):
     """Return the layout of images and weights that is fastest on `device` and right."""
-    # On Apple GPUs, PyTorch's gradients of channels-last images were wrong until late 2026 (pytorch issue 175189).
+    # On Apple GPUs, many versions of PyTorch get the gradients of channels-last images wrong (pytorch issue 175189).
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
