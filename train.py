@@ -159,7 +159,7 @@ def parse_arguments(argv=None):
     elif not available[options.device]:
         parser.error(f"--device {options.device}: PyTorch finds no such device here; try --device cpu")
     if options.device == "mps" and options.precision == "fp16":
-        parser.error("--precision fp16 needs gradient scaling, which Apple GPUs do not do reliably; try --precision fp32")
+        parser.error("--precision fp16 needs gradient scaling, which fails on some Apple GPUs; try --precision fp32")
     return options
 
 
