@@ -890,8 +890,9 @@ def print_summary(report):
             print(f"to {float(goal):.0%}     epoch {summary['epochs_to'][goal]}, {seconds:.1f} s")
 
 
-def find_rates(config, learner, train, steps_per_epoch, report):
-    """Set the config's lr_max and lr_min where they were not given, by a sweep, which the report records."""
+def find_rates(report, learner, train, steps_per_epoch):
+    """Set the lr_max and lr_min of the report's config where they were not given, by a sweep, which it records."""
+    config = report["config"]
     if None in (config["lr_max"], config["lr_min"]):
         started = time.perf_counter()
         steps = max(SWEEP_FEWEST_STEPS, min(RECIPE["sweep_steps"], RECIPE["sweep_epochs"] * steps_per_epoch))
@@ -960,7 +961,7 @@ def train_once(options, seed, data, output):
         test = prepare(test, mean, std, options.device, learner.dtype)
         if not rows:
             summary["preprocess_seconds"] = time.perf_counter() - started
-            find_rates(config, learner, train, steps_per_epoch, report)
+            find_rates(report, learner, train, steps_per_epoch)
             save("running")
         print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch "
               f"{config['peak_epoch']:g} of {options.epochs}")
