@@ -182,10 +182,9 @@ def test_augmentation_pixel_for_pixel_against_torchvision():
     split = random_split()
     mean, std = train.channel_statistics(split.images)
     prepared = train.prepare(split, mean, std, "cpu", torch.float32, padding=4)
-    draws = train.draw_augmentation(64, 32, torch.Generator().manual_seed(2))
+    draws = train.draw_augmentation(torch.arange(64) % 3 == 0, 32, torch.Generator().manual_seed(2))
     augmented = train.augment(prepared.images, draws)
 
-    assert {True, False} == set(draws.flip.tolist())
     assert augmented.shape == (64, 3, 32, 32) and augmented.is_contiguous(memory_format=torch.channels_last)
     for i, image in enumerate(split.images):
         image = TF.normalize(TF.convert_image_dtype(image, torch.float32), mean.tolist(), std.tolist())
@@ -196,11 +195,15 @@ def test_augmentation_pixel_for_pixel_against_torchvision():
         torch.testing.assert_close(augmented[i], image, rtol=0, atol=1e-6)
 
 
+def draw_for(count, epoch):
+    return train.draw_augmentation(train.draw_flips(count, 0, epoch, "cpu"), 32, train.epoch_generator(0, epoch, "cpu"))
+
+
 @pytest.mark.parametrize("name, choices", [("crop_top", 9), ("crop_left", 9), ("flip", 2), ("cutout_top", 25),
                                            ("cutout_left", 25)])
 def test_every_draw_is_uniform(name, choices):
     count = 100_000
-    draws = train.draw_augmentation(count, 32, torch.Generator().manual_seed(3))
+    draws = draw_for(count, epoch=1)
     observed = torch.bincount(getattr(draws, name).long(), minlength=choices).double()
     assert len(observed) == choices
     chi_squared = ((observed - count / choices) ** 2 / (count / choices)).sum()
@@ -209,11 +212,26 @@ def test_every_draw_is_uniform(name, choices):
 
 
 def test_draws_are_independent_of_each_other():
-    draws = torch.stack([values.double() for values in train.draw_augmentation(100_000, 32, torch.Generator())])
+    draws = torch.stack([values.double() for values in draw_for(100_000, epoch=1)])
     correlation = torch.corrcoef(draws) - torch.eye(5)
     assert correlation.abs().max() < 5 / math.sqrt(100_000)
     neighbours = [torch.corrcoef(torch.stack([row[1:], row[:-1]]))[0, 1].abs() for row in draws]
     assert max(neighbours) < 5 / math.sqrt(100_000)
+
+
+def test_an_image_is_mirrored_in_every_other_epoch():
+    left_half = torch.zeros(500, 3, 40, 40)
+    left_half[..., :20] = 1.0
+    split = train.Split(left_half, torch.arange(500))
+
+    def mirrored(seed, epoch):  # neither crop nor cutout can make the left half the darker one
+        brighter = {}
+        for images, labels in train.augmented_batches(split, 100, seed, epoch):
+            brighter.update(zip(labels.tolist(), (images[..., :16].sum((1, 2, 3)) < images[..., 16:].sum((1, 2, 3)))))
+        return torch.stack([brighter[label] for label in range(500)])
+    first, second, third = (mirrored(0, epoch) for epoch in (1, 2, 3))
+    assert torch.equal(second, ~first) and torch.equal(third, first)
+    assert 200 < first.sum() < 300 and not torch.equal(first, mirrored(1, 1))
 
 
 def test_an_epoch_shows_every_image_once_and_epochs_differ():
@@ -221,7 +239,7 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
 
     def labels(seed, epoch):
         return [batch.tolist() for _, batch in
-                train.augmented_batches(split, 25, train.epoch_generator(seed, epoch, "cpu"))]
+                train.augmented_batches(split, 25, seed, epoch)]
     assert [len(batch) for batch in labels(0, 1)] == [25, 25, 25, 25, 3]
     assert sorted(sum(labels(0, 1), [])) == list(range(103))
     assert labels(0, 1) == labels(0, 1)
@@ -231,7 +249,7 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
 def test_batches_are_channels_last_and_in_the_precision_of_training():
     split = random_split(20)
     prepared = train.prepare(split, *train.channel_statistics(split.images), "cpu", torch.bfloat16, padding=4)
-    for images, labels in train.augmented_batches(prepared, 8, train.epoch_generator(0, 1, "cpu")):
+    for images, labels in train.augmented_batches(prepared, 8, 0, 1):
         assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.bfloat16
         assert images.shape == (len(labels), 3, 32, 32)
     assert train.memory_format("cuda") == torch.channels_last and train.memory_format("mps") == torch.contiguous_format
@@ -299,10 +317,11 @@ def test_one_cycle_of_few_steps_stays_between_its_ends(steps):
 
 def test_sweep_is_read_by_its_rule():
     lrs = [10.0 ** exponent for exponent in range(-6, 3)]
-    #                   fall of 2: 10% of it is 0.2
-    smoothed = [3.0, 2.9, 2.7, 2.0, 1.0, 1.1, 1.15, 1.3, 5.0]
-    assert train.read_sweep(lrs, smoothed) == (1e-4, 1.0)
-    assert train.read_sweep(lrs[:6], smoothed[:6]) == (1e-4, lrs[5])  # never climbs: the last rate
+    #           fall of 2: begun at 2.8, done at 1.5, which is 16 times below LRMAX
+    smoothed = [3.0, 2.9, 2.7, 1.4, 1.0, 1.1, 1.2, 1.6, 5.0]
+    assert train.read_sweep(lrs, smoothed) == (1e-4, 16 * 1e-3)
+    assert train.read_sweep(lrs, [3.0, 2.9, 2.7, 1.4, 1.0, 1.6, 1.2, 1.1, 5.0]) == (1e-4, 1e-2)  # lost earlier
+    assert train.read_sweep(lrs[:4], smoothed[:4]) == (1e-4, lrs[3])  # never climbs: at most the last rate
     with pytest.raises(train.UserError, match="no learning rate"):
         train.read_sweep(lrs[:3], [1.0, 1.5, 2.0])
 
@@ -369,7 +388,7 @@ def test_sweep_leaves_everything_as_it_was(steps_before):
     def batches():
         for epoch in range(100):
             torch.rand(1)  # uses the global random state
-            yield from train.augmented_batches(prepared, 16, train.epoch_generator(0, epoch, "cpu"))
+            yield from train.augmented_batches(prepared, 16, 0, epoch)
     train.set_rates(learner.optimizer, 1e-5, 0.9)
     for _, (images, labels) in zip(range(steps_before), batches()):
         train.train_step(learner, images, labels)
@@ -406,15 +425,28 @@ def test_sweep_puts_everything_back_after_an_interruption():
 
 def test_decay_is_decoupled_and_spares_biases_and_batch_norms():
     learner = train.make_learner(0, "cpu", "fp32")
+    assert all(group["weight_decay"] == 0 for group in learner.optimizer.param_groups)
+    learner.optimizer.param_groups[0]["weight_decay"] = 0.3
     train.set_rates(learner.optimizer, 0.1, 0.9)
     before = {name: value.clone() for name, value in learner.model.named_parameters()}
     for parameter in learner.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
     for name, value in learner.model.named_parameters():
-        kept = 1 - 0.1 * train.RECIPE["weight_decay"] if value.ndim > 1 else 1
+        kept = 1 - 0.1 * 0.3 if value.ndim > 1 else 1
         torch.testing.assert_close(value, kept * before[name])
     assert learner.optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("lr_max, steps_per_epoch, memory", [(0.01, 98, 196), (0.001, 391, 782), (0.01, 4, 100)])
+def test_decay_alone_shrinks_weights_to_1_over_e_in_their_memory(lr_max, steps_per_epoch, memory):
+    weight = nn.Parameter(torch.ones(1))
+    decay = train.weight_decay(lr_max, steps_per_epoch)
+    optimizer = torch.optim.AdamW([weight], lr=lr_max, weight_decay=decay)
+    for _ in range(memory):
+        weight.grad = torch.zeros(1)
+        optimizer.step()
+    assert weight.item() == pytest.approx(1 / math.e, rel=0.01)
 
 
 def test_a_step_against_pytorch_written_out():
@@ -522,9 +554,9 @@ def test_checkpoint_of_another_configuration_is_refused(workplace, capsys, argum
 
 def test_checkpoint_of_another_recipe_is_refused(workplace, capsys, monkeypatch):
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
-    monkeypatch.setitem(train.RECIPE, "weight_decay", 0.3)
+    monkeypatch.setitem(train.RECIPE, "memory_epochs", 3.0)
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
-    assert "weight_decay 0.2, not 0.3" in capsys.readouterr().err
+    assert "memory_epochs 2.0, not 3.0" in capsys.readouterr().err
 
 
 def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path):
@@ -558,7 +590,7 @@ def test_a_run_reports_all_it_should(workplace, capsys):
     config, summary, rows = report["config"], report["summary"], report["epochs"]
 
     assert config["epochs"] == 8 and config["batch_size"] == 30 and config["peak_epoch"] == pytest.approx(8 * 5 / 24)
-    assert config["recipe"]["weight_decay"] == train.RECIPE["weight_decay"]
+    assert config["recipe"]["memory_epochs"] == train.RECIPE["memory_epochs"]
     assert set(report["environment"]) == {"python", "torch", "torchvision", "numpy", "device", "device_name",
                                           "precision", "threads"}
     images = train.load_cifar10(Path("data"))[0].images.double() / 255
