@@ -673,12 +673,24 @@ def test_runs_report_each_seed_and_their_statistics(workplace, capsys):
     assert len({report["epochs"][0]["train_loss"] for report in reports}) == 3
     accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
     statistic = workplace.report()
-    assert statistic["final_test_accuracy"] == accuracies and statistic["seeds"] == [4, 5, 6]
+    assert statistic["final_test_accuracy"] == accuracies and statistic["seed"] == [4, 5, 6]
     assert statistic["mean"] == pytest.approx(np.mean(accuracies))
     assert statistic["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert (statistic["min"], statistic["max"]) == (min(accuracies), max(accuracies))
     assert statistic["reached_goal"] == sum(accuracy >= 0.94 for accuracy in accuracies)
     assert f"mean {np.mean(accuracies):.2%}" in capsys.readouterr().out
+
+
+def test_no_epochs_find_the_rates_and_stop(workplace, capsys):
+    assert workplace.run("--epochs", 0, "--runs", 2) == 0
+    statistic = workplace.report()
+    for seed in (0, 1):
+        report = workplace.report(f"run-seed{seed}.json")
+        assert report["epochs"] == [] and report["summary"]["status"] == "complete"
+        assert report["lr_sweep"]["lr_max"] == report["config"]["lr_max"] == statistic["lr_max"][seed]
+        assert report["summary"]["final_test_accuracy"] is None and report["summary"]["tta_test_accuracy"] is None
+    assert "mean" not in statistic and statistic["lr_min"][0] < statistic["lr_max"][0]
+    assert f"{min(statistic['lr_max']):.3g} to {max(statistic['lr_max']):.3g}" in capsys.readouterr().out
 
 
 def test_one_rate_alone_is_found_by_the_sweep(workplace):
@@ -775,7 +787,6 @@ def test_fp16_skips_a_step_whose_gradients_overflow():
 # ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--epochs", "0"], "--epochs: 0 is too small"),
     (["--epochs", "-3"], "--epochs: -3 is too small"),
     (["--epochs", "many"], "--epochs: 'many' is not a whole number"),
     (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number"),

@@ -130,7 +130,8 @@ def parse_arguments(argv=None):
     def option(name, help, shown_default="%(default)s", **keywords):
         parser.add_argument(name, help=f"{help} (default: {shown_default})", **keywords)
 
-    option("--epochs", "passes over the training images", type=whole_number(1), default=24, metavar="N")
+    option("--epochs", "passes over the training images; 0 finds the learning rates and stops",
+           type=whole_number(0), default=24, metavar="N")
     option("--batch-size", "images in a step", type=whole_number(2), default=512, metavar="N")
     option("--lr-max", "peak learning rate", "found by the sweep", type=learning_rate, metavar="RATE")
     option("--lr-min", "first and last learning rate", "found by the sweep", type=learning_rate, metavar="RATE")
@@ -719,7 +720,7 @@ def summarise(report, status):
     first = {f"{goal:.2f}": next((row for row in epochs if row["test_accuracy"] >= goal), None) for goal in MILESTONES}
     summary.update(
         status=status,
-        final_test_accuracy=epochs[-1]["test_accuracy"] if status == "complete" else None,
+        final_test_accuracy=epochs[-1]["test_accuracy"] if epochs and status == "complete" else None,
         best_test_accuracy=best and best["test_accuracy"], best_epoch=best and best["epoch"],
         train_seconds=sum(row["train_seconds"] for row in epochs),
         seconds_to={goal: row and row["elapsed_seconds"] for goal, row in first.items()},
@@ -837,21 +838,20 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
 
     if report["lr_sweep"]:
         draw("sweep", (7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"])
-    draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
-    draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
-
     images, labels = next(augmented_batches(train, 32, config["seed"], 1))
     draw("augmented", (9, 5.8), plot_images, to_pixels(images, mean, std),
          [classes[label] for label in labels.tolist()], 8, "Training images after crop, flip and cutout")
 
-    probabilities = predict(learner, test.images).softmax(1)
-    confidence, predicted = probabilities.max(1)
-    wrong = (predicted != test.labels).nonzero().flatten()[:10]
-    captions = [f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}\nwith probability {confidence[i]:.2f}"
-                for i in wrong.tolist()]
-    if captions:
-        draw("misclassified", (9, 5), plot_images, to_pixels(test.images[wrong], mean, std), captions,
-             5, f"The first misclassified {report['data']['evaluated_on']}: true class, predicted class")
+    if report["epochs"]:
+        draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
+        draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
+        confidence, predicted = predict(learner, test.images).softmax(1).max(1)
+        wrong = (predicted != test.labels).nonzero().flatten()[:10]
+        captions = [f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}\n"
+                    f"with probability {confidence[i]:.2f}" for i in wrong.tolist()]
+        if captions:
+            draw("misclassified", (9, 5), plot_images, to_pixels(test.images[wrong], mean, std), captions,
+                 5, f"The first misclassified {report['data']['evaluated_on']}: true class, predicted class")
 
     if in_notebook():
         from IPython.display import Image, display
@@ -992,7 +992,8 @@ def train_once(options, seed, data, output):
         save("running")
         print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch "
               f"{config['peak_epoch']:g} of {options.epochs}, weight decay {config['weight_decay']:.3g}")
-        print_table(rows)
+        if options.epochs:
+            print_table(rows)
         lrs, beta1s = plan_cycle(config, steps_per_epoch)
         for epoch in range(len(rows) + 1, options.epochs + 1):
             steps = slice((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch)
@@ -1008,8 +1009,9 @@ def train_once(options, seed, data, output):
             save("running")
             if checkpoint:
                 save_checkpoint(checkpoint, learner, settings, report)
-        both_views = predict(learner, test.images) + predict(learner, test.images, mirror=True)
-        summary["tta_test_accuracy"] = accuracy(both_views, test.labels)
+        if rows:
+            both_views = predict(learner, test.images) + predict(learner, test.images, mirror=True)
+            summary["tta_test_accuracy"] = accuracy(both_views, test.labels)
         save("complete")
     except Diverged as divergence:
         summary["diverged"] = divergence.where
@@ -1019,7 +1021,8 @@ def train_once(options, seed, data, output):
         save("interrupted")
         raise
 
-    print_summary(report)
+    if rows:
+        print_summary(report)
     if not options.no_figures:
         drawn = draw_figures(output, report, lrs, learner, train, test, mean, std, data[2])
         print("".join(f"figure     {path}\n" for path in drawn), end="", flush=True)
@@ -1028,18 +1031,25 @@ def train_once(options, seed, data, output):
 
 def report_runs(reports, path):
     """Print and write to `path` the statistics of several runs: the sample standard deviation, and counts."""
-    accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
-    statistic = {"seeds": [report["config"]["seed"] for report in reports], "final_test_accuracy": accuracies,
-                 "tta_test_accuracy": [report["summary"]["tta_test_accuracy"] for report in reports],
-                 "train_seconds": [report["summary"]["train_seconds"] for report in reports],
-                 "runs": len(reports), "mean": statistics.fmean(accuracies), "std": statistics.stdev(accuracies),
-                 "min": min(accuracies), "max": max(accuracies),
-                 "reached_goal": sum(value >= MILESTONES[-1] for value in accuracies), "goal": MILESTONES[-1],
-                 "config": {**reports[0]["config"], "output": str(path)}, "environment": reports[0]["environment"]}
+    configs, summaries = [report["config"] for report in reports], [report["summary"] for report in reports]
+    statistic = {"runs": len(reports), "config": {**configs[0], "output": str(path)},
+                 "environment": reports[0]["environment"]}
+    for name in ("seed", "lr_max", "lr_min"):
+        statistic[name] = [config[name] for config in configs]
+    for name in ("final_test_accuracy", "tta_test_accuracy", "train_seconds", "epochs_to"):
+        statistic[name] = [summary[name] for summary in summaries]
+    print(f"{f'{len(reports)} runs':<11}LRMAX {min(statistic['lr_max']):.3g} to {max(statistic['lr_max']):.3g}, "
+          f"LRMIN {min(statistic['lr_min']):.3g} to {max(statistic['lr_min']):.3g}")
+    if configs[0]["epochs"]:
+        accuracies = statistic["final_test_accuracy"]
+        statistic.update(mean=statistics.fmean(accuracies), std=statistics.stdev(accuracies), min=min(accuracies),
+                         max=max(accuracies), goal=MILESTONES[-1],
+                         reached_goal=sum(value >= MILESTONES[-1] for value in accuracies))
+        print(f"{'':<11}mean {statistic['mean']:.2%}, standard deviation {statistic['std']:.2%}, "
+              f"min {statistic['min']:.2%}, max {statistic['max']:.2%}; "
+              f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}")
     write_json(path, statistic)
-    print(f"{f'{len(reports)} runs':<11}mean {statistic['mean']:.2%}, standard deviation {statistic['std']:.2%}, "
-          f"min {statistic['min']:.2%}, max {statistic['max']:.2%}; "
-          f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}\nreport     {path}")
+    print(f"report     {path}")
 
 
 def keep_freed_memory():
