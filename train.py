@@ -838,13 +838,14 @@ def draw_figures(path, report, lrs, learner, train, test, mean, std, classes):
 
     if report["lr_sweep"]:
         draw("sweep", (7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"])
+    if report["epochs"]:
+        draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
+        draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
     images, labels = next(augmented_batches(train, 32, config["seed"], 1))
     draw("augmented", (9, 5.8), plot_images, to_pixels(images, mean, std),
          [classes[label] for label in labels.tolist()], 8, "Training images after crop, flip and cutout")
 
     if report["epochs"]:
-        draw("curves", (11, 4.5), plot_curves, report["epochs"], report["data"]["evaluated_on"])
-        draw("schedule", (7, 4), plot_schedule, lrs, len(report["epochs"]))
         confidence, predicted = predict(learner, test.images).softmax(1).max(1)
         wrong = (predicted != test.labels).nonzero().flatten()[:10]
         captions = [f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}\n"
