@@ -681,6 +681,14 @@ def test_runs_report_each_seed_and_their_statistics(workplace, capsys):
     assert f"mean {np.mean(accuracies):.2%}" in capsys.readouterr().out
 
 
+def test_a_run_decays_by_what_suits_the_rate_it_found(workplace):
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt") == 0
+    config = workplace.report()["config"]
+    assert config["weight_decay"] == pytest.approx(0.01 / config["lr_max"])  # a memory of 100 steps, the shortest
+    groups = torch.load("run.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [config["weight_decay"], 0]
+
+
 def test_no_epochs_find_the_rates_and_stop(workplace, capsys):
     assert workplace.run("--epochs", 0, "--runs", 2) == 0
     statistic = workplace.report()
