@@ -991,8 +991,9 @@ def train_once(options, seed, data, output):
         config["weight_decay"] = weight_decay(config["lr_max"], steps_per_epoch)
         learner.optimizer.param_groups[0]["weight_decay"] = config["weight_decay"]
         save("running")
-        print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g} at epoch "
-              f"{config['peak_epoch']:g} of {options.epochs}, weight decay {config['weight_decay']:.3g}")
+        peak = f" at epoch {config['peak_epoch']:g} of {options.epochs}" if options.epochs else ""
+        print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g}{peak}, "
+              f"weight decay {config['weight_decay']:.3g}")
         if options.epochs:
             print_table(rows)
         lrs, beta1s = plan_cycle(config, steps_per_epoch)
