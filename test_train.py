@@ -701,6 +701,23 @@ def test_no_epochs_find_the_rates_and_stop(workplace, capsys):
     assert f"{min(statistic['lr_max']):.3g} to {max(statistic['lr_max']):.3g}" in capsys.readouterr().out
 
 
+def test_another_recipe_reaches_the_run_and_ends_with_it(workplace, capsys, monkeypatch):
+    defaults, learners, make_learner = dict(train.RECIPE), [], train.make_learner
+    monkeypatch.setattr(train, "make_learner", lambda *a: learners.append(make_learner(*a)) or learners[-1])
+    changed = {"memory_epochs": 3.0, "beta1": (0.9, 0.8), "beta2": 0.98, "epsilon": 0.01, "batchnorm_momentum": 0.5,
+               "padding_mode": "constant", "cutout": 4}
+    values = ["3", "0.9,0.8", "0.98", "1e-2", "0.5", "constant", "4"]
+    arguments = [part for name, value in zip(changed, values) for part in ("--set", f"{name}={value}")]
+    assert workplace.run("--epochs", 1, *arguments, *RATES) == 0
+    recipe = workplace.report()["config"]["recipe"]
+    assert recipe == {**json.loads(json.dumps(defaults)), **json.loads(json.dumps(changed))}
+    assert train.RECIPE == defaults
+    for group in learners[0].optimizer.param_groups:
+        assert group["eps"] == 0.01 and group["betas"] == (pytest.approx(0.9), 0.98)
+    assert {m.momentum for m in learners[0].model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
+    assert "recipe     cutout 4, not 8" in capsys.readouterr().out
+
+
 def test_one_rate_alone_is_found_by_the_sweep(workplace):
     assert workplace.run("--epochs", 1, "--lr-max", 0.5) == 0
     config, sweep = workplace.report()["config"], workplace.report()["lr_sweep"]
@@ -809,7 +826,11 @@ def test_fp16_skips_a_step_whose_gradients_overflow():
     (["--subset", "1000", "--holdout", "1000"], "--holdout 1000 leaves nothing to train on"),
     (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--seed", "-1"], "--seed: -1 is too small"),
-    (["--runs", "0"], "--runs: 0 is too small")])
+    (["--runs", "0"], "--runs: 0 is too small"),
+    (["--set", "beta3=0.5"], "--set: 'beta3' is no constant of the recipe; there are peak_fraction, beta1"),
+    (["--set", "beta2"], "--set: '' is no value for beta2, which is 0.999"),
+    (["--set", "cutout=8.5"], "--set: '8.5' is no value for cutout, which is 8"),
+    (["--set", "beta1=0.9"], "--set: '0.9' is no value for beta1, which is (0.95, 0.85)")])
 def test_options_without_sense_end_with_usage_and_one_sentence(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
@@ -976,6 +997,7 @@ def test_help_names_every_default(capsys):
     for name, default in (("epochs", 24), ("batch-size", 512), ("lr-max", "found by the sweep"), ("seed", 0),
                           ("lr-min", "found by the sweep"), ("runs", 1), ("subset", "all"), ("holdout", 0),
                           ("data-dir", "data"), ("device", "auto"), ("precision", "auto"), ("checkpoint", "off"),
+                          ("set", "RECIPE as it stands"),
                           ("output", "a new file in results/"), ("no-figures", "figures too, with matplotlib")):
         described = screen[screen.rindex(f" --{name} "):]
         assert described[described.index("(default: "):].startswith(f"(default: {default})"), name

@@ -48,11 +48,14 @@ RECIPE = {
     # Adam's first beta moves against the rate: outer value at LRMIN, inner value at LRMAX.
     "beta1": (0.95, 0.85),
     "beta2": 0.999,
+    "epsilon": 1e-8,
     # Weight decay, decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. What is set
     # is how long they remember: at LRMAX, decay by itself shrinks a weight to 1/e in this many epochs. The original's
     # SGD comes to 5 epochs, airbench's, tuned for 94% and 96%, to 1.5 and 2.
     "memory_epochs": 2.0,
     "label_smoothing": 0.2,
+    # The share of each batch in BatchNorm's running statistics, which only evaluation uses.
+    "batchnorm_momentum": 0.1,
     # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
     "logit_scale": 0.125,
     # Augmentation, in pixels.
@@ -67,12 +70,13 @@ RECIPE = {
     # LRMAX lies so many times above the latter.
     "sweep_begun": 0.1,
     "sweep_done": 0.75,
-    "sweep_factor": 16,
+    "sweep_factor": 16.0,
 }
 
 TRAIN_IMAGES = 50_000  # in CIFAR-10
 MEMORY_FEWEST_STEPS = 100  # or BatchNorm's running statistics, which remember 10, would lag behind weights that decay
 SWEEP_FEWEST_STEPS = 8  # a sweep of a handful of batches repeats them rather than leap over the rates that matter
+SWEEP_NOISE = 0.1  # a climb of the loss by less than this fraction of its first value does not end a sweep
 SWEEP_EPOCH = 900_000  # numbers the sweep's epochs, so that its random draws are none of training's
 MILESTONES = (0.90, 0.94)  # test accuracies whose time is reported; the last is the goal
 EVAL_BATCH_SIZE = 2000
@@ -122,6 +126,21 @@ def learning_rate(text):
     return value
 
 
+def recipe_constant(text):
+    """Parse NAME=VALUE into the name of a constant in RECIPE and a value of its type; an argparse type."""
+    name, _, value = text.partition("=")
+    if name not in RECIPE:
+        raise argparse.ArgumentTypeError(f"{name!r} is no constant of the recipe; there are {', '.join(RECIPE)}")
+    default = RECIPE[name]
+    try:
+        if isinstance(default, tuple):
+            first, second = value.split(",")
+            return name, (float(first), float(second))
+        return name, type(default)(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no value for {name}, which is {default}") from None
+
+
 def parse_arguments(argv=None):
     """Return the options as a namespace, with `device` resolved; exit with code 2 where they make no sense."""
     parser = argparse.ArgumentParser(
@@ -145,6 +164,8 @@ def parse_arguments(argv=None):
     option("--device", "auto is the fastest there is", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     option("--precision", "auto is bf16 where the hardware has it, fp16 on older CUDA GPUs, else fp32",
            choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    option("--set", "give a constant of RECIPE another value, a pair as A,B; may be given several times",
+           "RECIPE as it stands", type=recipe_constant, action="append", default=[], metavar="NAME=VALUE")
     option("--checkpoint", "save the state here after every epoch, and go on from it where it exists", "off",
            type=Path, metavar="FILE")
     option("--output", "JSON to write", "a new file in results/", type=Path, metavar="FILE")
@@ -337,7 +358,7 @@ class ConvBlock(nn.Sequential):
     def __init__(self, c_in, c_out, pool=False):
         super().__init__(nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False),
                          *([nn.MaxPool2d(2)] if pool else []),
-                         nn.BatchNorm2d(c_out),
+                         nn.BatchNorm2d(c_out, momentum=RECIPE["batchnorm_momentum"]),
                          nn.ReLU(inplace=True))
 
 
@@ -410,8 +431,8 @@ def make_learner(seed, device, precision):
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     biases_and_norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights}, {"params": biases_and_norms}]  # the first is to decay, once LRMAX is known
-    optimizer = torch.optim.Adam(groups, betas=(RECIPE["beta1"][1], RECIPE["beta2"]), decoupled_weight_decay=True,
-                                 fused=True)
+    optimizer = torch.optim.Adam(groups, betas=(RECIPE["beta1"][1], RECIPE["beta2"]), eps=RECIPE["epsilon"],
+                                 decoupled_weight_decay=True, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     return Learner(model, optimizer, scaler, device, DTYPES[precision])
 
@@ -489,10 +510,11 @@ def one_cycle(step, total_steps, outer, inner):
 # Learning-rate range sweep
 # ----------------------------------------------------------------------------------------------------------------------
 
-SWEEP_RULE = (
-    f"LRMIN is the first rate by which {RECIPE['sweep_begun']:.0%} of the smoothed loss's fall is done, LRMAX "
-    f"{RECIPE['sweep_factor']} times the first rate by which {RECIPE['sweep_done']:.0%} of it is done, but no rate at "
-    f"which {1 - RECIPE['sweep_done']:.0%} of it is lost again.")
+def sweep_rule():
+    """Return in words how `read_sweep` finds both rates."""
+    return (f"LRMIN is the first rate by which {RECIPE['sweep_begun']:.0%} of the smoothed loss's fall is done, LRMAX "
+            f"{RECIPE['sweep_factor']:g} times the first rate by which {RECIPE['sweep_done']:.0%} of it is done, but "
+            f"no rate at which {1 - RECIPE['sweep_done']:.0%} of it is lost again.")
 
 
 def smooth(losses, steps_per_decade):
@@ -506,12 +528,12 @@ def has_diverged(losses, window):
     levels = [statistics.fmean(losses[end - window:end]) for end in range(window, len(losses) + 1)]
     if not levels:
         return False
-    noise = RECIPE["sweep_begun"] * levels[0]  # is no climb: a sweep is not to stop before the loss first falls
+    noise = SWEEP_NOISE * levels[0]  # before the loss first falls, any climb would be more than it fell
     return levels[-1] - min(levels) > max(levels[0] - min(levels), noise)
 
 
 def read_sweep(lrs, smoothed):
-    """Return (lr_min, lr_max) by SWEEP_RULE. Raises UserError where the loss never falls."""
+    """Return (lr_min, lr_max) by `sweep_rule`. Raises UserError where the loss never falls."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     fall = smoothed[0] - smoothed[lowest]
     if fall <= 0:
@@ -565,7 +587,7 @@ def sweep_learning_rate(learner, batches, steps):
     smoothed = smooth(losses, steps_per_decade)
     lr_min, lr_max = read_sweep(lrs, smoothed)
     return {"lr": lrs, "loss": losses, "smoothed_loss": smoothed, "lr_max": lr_max, "lr_min": lr_min,
-            "rule": SWEEP_RULE}
+            "rule": sweep_rule()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1069,6 +1091,10 @@ def keep_freed_memory():
 def main(argv=None):
     """Run the script with the given arguments (default: the command line's). Returns the exit code."""
     options = parse_arguments(argv)
+    defaults = dict(RECIPE)
+    for name, value in options.set:
+        print(f"recipe     {name} {value}, not {RECIPE[name]}")
+        RECIPE[name] = value
     try:
         output = options.output or new_output(options.device)
         for path in filter(None, [output, options.checkpoint]):
@@ -1093,6 +1119,8 @@ def main(argv=None):
             raise
         print(f"error: out of memory on {options.device}: try a smaller --batch-size than {options.batch_size}.",
               file=sys.stderr)
+    finally:
+        RECIPE.update(defaults)  # the next call in a notebook starts from them
     return 1
 
 
