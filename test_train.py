@@ -438,7 +438,7 @@ def test_decay_is_decoupled_and_spares_biases_and_batch_norms():
     assert learner.optimizer.param_groups[0]["fused"]
 
 
-@pytest.mark.parametrize("lr_max, steps_per_epoch, memory", [(0.01, 98, 196), (0.001, 391, 782), (0.01, 4, 100)])
+@pytest.mark.parametrize("lr_max, steps_per_epoch, memory", [(0.04, 98, 490), (0.01, 391, 1955), (0.04, 4, 100)])
 def test_decay_alone_shrinks_weights_to_1_over_e_in_their_memory(lr_max, steps_per_epoch, memory):
     weight = nn.Parameter(torch.ones(1))
     decay = train.weight_decay(lr_max, steps_per_epoch)
@@ -556,7 +556,7 @@ def test_checkpoint_of_another_recipe_is_refused(workplace, capsys, monkeypatch)
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
     monkeypatch.setitem(train.RECIPE, "memory_epochs", 3.0)
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
-    assert "memory_epochs 2.0, not 3.0" in capsys.readouterr().err
+    assert "memory_epochs 5.0, not 3.0" in capsys.readouterr().err
 
 
 def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path):
@@ -704,16 +704,16 @@ def test_no_epochs_find_the_rates_and_stop(workplace, capsys):
 def test_another_recipe_reaches_the_run_and_ends_with_it(workplace, capsys, monkeypatch):
     defaults, learners, make_learner = dict(train.RECIPE), [], train.make_learner
     monkeypatch.setattr(train, "make_learner", lambda *a: learners.append(make_learner(*a)) or learners[-1])
-    changed = {"memory_epochs": 3.0, "beta1": (0.9, 0.8), "beta2": 0.98, "epsilon": 0.01, "batchnorm_momentum": 0.5,
+    changed = {"memory_epochs": 3.0, "beta1": (0.9, 0.8), "beta2": 0.98, "epsilon": 0.02, "batchnorm_momentum": 0.5,
                "padding_mode": "constant", "cutout": 4}
-    values = ["3", "0.9,0.8", "0.98", "1e-2", "0.5", "constant", "4"]
+    values = ["3", "0.9,0.8", "0.98", "2e-2", "0.5", "constant", "4"]
     arguments = [part for name, value in zip(changed, values) for part in ("--set", f"{name}={value}")]
     assert workplace.run("--epochs", 1, *arguments, *RATES) == 0
     recipe = workplace.report()["config"]["recipe"]
     assert recipe == {**json.loads(json.dumps(defaults)), **json.loads(json.dumps(changed))}
     assert train.RECIPE == defaults
     for group in learners[0].optimizer.param_groups:
-        assert group["eps"] == 0.01 and group["betas"] == (pytest.approx(0.9), 0.98)
+        assert group["eps"] == 0.02 and group["betas"] == (pytest.approx(0.9), 0.98)
     assert {m.momentum for m in learners[0].model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
     assert "recipe     cutout 4, not 8" in capsys.readouterr().out
 
