@@ -1022,6 +1022,18 @@ def test_the_readme_quotes_its_reports():
     assert quoted >= 1
 
 
+def test_the_readme_quotes_its_statistics():
+    quoted = 0
+    for paragraph in (SCRIPT.parent / "README.md").read_text().split("\n\n"):
+        for name in re.findall(r"\]\((results/[^)]*\.json)\)", paragraph):
+            report = json.loads((SCRIPT.parent / name).read_text())
+            if "mean" in report:  # of several runs
+                assert f"{report['mean']:.2%}" in paragraph and f"{report['std']:.2%}" in paragraph
+                assert all(f"{accuracy:.2%}" in paragraph for accuracy in report["final_test_accuracy"])
+                quoted += 1
+    assert quoted >= 1
+
+
 def test_every_file_that_the_readme_shows_is_there():
     shown = re.findall(r"\]\(((?!http)[^)]+)\)", (SCRIPT.parent / "README.md").read_text())
     assert shown and all((SCRIPT.parent / name).exists() for name in shown)
