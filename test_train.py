@@ -1007,12 +1007,19 @@ def test_help_names_every_default(capsys):
 # The README
 # ----------------------------------------------------------------------------------------------------------------------
 
+README = (SCRIPT.parent / "README.md").read_text()
+
+
+def linked_reports(text):
+    """Return the content of every JSON file in results/ that the text links to."""
+    return [json.loads((SCRIPT.parent / name).read_text()) for name in re.findall(r"\]\((results/[^)]*\.json)\)", text)]
+
+
 def test_the_readme_quotes_its_reports():
     quoted = 0
-    for line in (SCRIPT.parent / "README.md").read_text().splitlines():
-        for name in re.findall(r"^\|.*\]\((results/[^)]*\.json)\)", line):
-            report = json.loads((SCRIPT.parent / name).read_text())
-            summary, cells = report["summary"], [cell.strip() for cell in line.split("|")]
+    for row in (line for line in README.splitlines() if line.startswith("|")):
+        for report in linked_reports(row):
+            summary, cells = report["summary"], [cell.strip() for cell in row.split("|")]
             assert report["environment"]["precision"] in cells
             assert f"{summary['train_seconds']:,.0f}" in cells and f"{summary['total_seconds']:,.0f}" in cells
             assert f"{summary['final_test_accuracy']:.2%}" in [cell.strip("*") for cell in cells]
@@ -1024,9 +1031,8 @@ def test_the_readme_quotes_its_reports():
 
 def test_the_readme_quotes_its_statistics():
     quoted = 0
-    for paragraph in (SCRIPT.parent / "README.md").read_text().split("\n\n"):
-        for name in re.findall(r"\]\((results/[^)]*\.json)\)", paragraph):
-            report = json.loads((SCRIPT.parent / name).read_text())
+    for paragraph in README.split("\n\n"):
+        for report in linked_reports(paragraph):
             if "mean" in report:  # of several runs
                 assert f"{report['mean']:.2%}" in paragraph and f"{report['std']:.2%}" in paragraph
                 assert all(f"{accuracy:.2%}" in paragraph for accuracy in report["final_test_accuracy"])
@@ -1035,5 +1041,5 @@ def test_the_readme_quotes_its_statistics():
 
 
 def test_every_file_that_the_readme_shows_is_there():
-    shown = re.findall(r"\]\(((?!http)[^)]+)\)", (SCRIPT.parent / "README.md").read_text())
+    shown = re.findall(r"\]\(((?!http)[^)]+)\)", README)
     assert shown and all((SCRIPT.parent / name).exists() for name in shown)

@@ -49,7 +49,7 @@ RECIPE = {
     "beta1": (0.95, 0.85),
     "beta2": 0.999,
     # Adam divides by the root of the squared gradient's average plus epsilon. This one outweighs most of those roots,
-    # so that weights move nearly as under SGD with momentum, which generalises better here.
+    # so that weights move nearly as under SGD with momentum, the original's optimizer.
     "epsilon": 0.01,
     # Weight decay, decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. What is set
     # is how long they remember: at LRMAX, decay by itself shrinks a weight to 1/e in this many epochs. The original's
