@@ -1015,16 +1015,38 @@ def linked_reports(text):
     return [json.loads((SCRIPT.parent / name).read_text()) for name in re.findall(r"\]\((results/[^)]*\.json)\)", text)]
 
 
-def test_the_readme_quotes_its_reports():
-    quoted = 0
+def readme_rows():
+    """Yield the cells of each table row of the README, and each report that the row links to."""
     for row in (line for line in README.splitlines() if line.startswith("|")):
         for report in linked_reports(row):
-            summary, cells = report["summary"], [cell.strip() for cell in row.split("|")]
+            yield [cell.strip(" *") for cell in row.split("|")], report
+
+
+def test_the_readme_quotes_its_reports():
+    quoted = 0
+    for cells, report in readme_rows():
+        if "summary" in report:  # of one run
+            summary = report["summary"]
             assert report["environment"]["precision"] in cells
             assert f"{summary['train_seconds']:,.0f}" in cells and f"{summary['total_seconds']:,.0f}" in cells
-            assert f"{summary['final_test_accuracy']:.2%}" in [cell.strip("*") for cell in cells]
+            assert f"{summary['final_test_accuracy']:.2%}" in cells
             assert f"{summary['tta_test_accuracy']:.2%}" in cells
+            assert " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values()) in cells
             assert str(report["config"]["seed"]) in cells
+            quoted += 1
+    assert quoted >= 1
+
+
+def test_the_readme_quotes_its_sweeps():
+    quoted = 0
+    for cells, report in readme_rows():
+        if "summary" not in report:  # of several sweeps
+            assert cells[1:4] == [str(report["config"]["batch_size"]), report["environment"]["precision"],
+                                  str(report["runs"])]
+            assert len(set(report["seed"])) == report["runs"] > 1
+            for name in ("lr_max", "lr_min"):
+                assert f"{min(report[name]):.3g} to {max(report[name]):.3g}" in cells
+            assert f"{max(report['lr_max']) / min(report['lr_max']):.2f}" in cells
             quoted += 1
     assert quoted >= 1
 

@@ -61,6 +61,10 @@ RECIPE = {
     "batchnorm_momentum": 0.3,
     # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
     "logit_scale": 0.125,
+    # The first convolution begins by whitening the 3x3 patches of so many images. The floor is added to the variance of
+    # each of their directions, so that those that hardly vary, which are noise, are not blown up.
+    "whitening_images": 1000,
+    "whitening_floor": 0.01,
     # Augmentation, in pixels.
     "padding": 4,
     "padding_mode": "reflect",
@@ -380,6 +384,8 @@ class ResNet(nn.Module):
     """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018): (B, 3, 32, 32) to logits (B, 10).
 
     It has 6,573,130 parameters, or 6,573,120 with `head_bias=False`. The softmax is left to the cross-entropy.
+    The first filters of every convolution but the first begin as the identity, so that the untrained network already
+    carries the image through to its head (as in airbench: K. Jordan, arXiv:2404.00498, section 3.3).
     """
 
     def __init__(self, classes=10, head_bias=True):
@@ -390,10 +396,27 @@ class ResNet(nn.Module):
         self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))     # (B, 512, 4, 4)
         self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())                       # (B, 512)
         self.head = nn.Linear(512, classes, bias=head_bias)                            # (B, 10)
+        for block in self.modules():
+            if isinstance(block, ConvBlock) and block is not self.prep:
+                nn.init.dirac_(block[0].weight[:block[0].in_channels])
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))
         return self.head(self.pool(x)) * RECIPE["logit_scale"]
+
+
+@torch.no_grad()
+def whiten_first_layer(model, images):
+    """Set the first convolution so that it whitens the 3x3 patches of prepared images (N, 3, H, W).
+
+    Its filters become the 27 eigenvectors of the patches' covariance, each over the root of its eigenvalue, and their
+    negatives, since ReLU keeps one side of each; the other 10 stay random. All of them are trained as ever.
+    (D. Page, How to Train Your ResNet 8, Bag of Tricks, 2019; with negatives: tysam-code, hlb-CIFAR10, 2023.)
+    """
+    patches = F.unfold(images[:RECIPE["whitening_images"]].float().cpu(), 3)           # (N, 27, positions)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
+    filters = (directions / (variances + RECIPE["whitening_floor"]).sqrt()).T.reshape(27, 3, 3, 3)
+    model.prep[0].weight[:54] = torch.cat([filters, -filters])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1011,6 +1034,7 @@ def train_once(options, seed, data, output):
         train = prepare(train, mean, std, options.device, learner.dtype, RECIPE["padding"])
         test = prepare(test, mean, std, options.device, learner.dtype)
         if not rows:
+            whiten_first_layer(learner.model, train.images)
             summary["preprocess_seconds"] = time.perf_counter() - started
             find_rates(report, learner, train, steps_per_epoch)
         config["weight_decay"] = weight_decay(config["lr_max"], steps_per_epoch)
