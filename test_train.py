@@ -141,6 +141,8 @@ def test_forward_pass_against_the_recipe_written_out():
     torch.manual_seed(0)
     model = train.ResNet()
     parameters = list(model.parameters())  # in the order of the recipe: convolution, then its BatchNorm's scale, shift
+    for weight in filter(lambda parameter: parameter.ndim > 1, parameters):
+        nn.init.kaiming_normal_(weight)  # the identity that it begins as would hide a layer left out
     x = torch.randn(8, 3, 32, 32)
 
     def conv(x, pool=False):
@@ -157,6 +159,58 @@ def test_forward_pass_against_the_recipe_written_out():
     h = F.linear(h.amax(dim=(2, 3)), parameters.pop(0), parameters.pop(0)) * train.RECIPE["logit_scale"]
     assert not parameters
     torch.testing.assert_close(model(x), h)
+
+
+def test_convolutions_pass_their_input_on_before_training():
+    model = train.ResNet()
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 8
+    for convolution in convolutions[1:]:
+        channels = convolution.in_channels
+        x = torch.randn(2, channels, 8, 8)
+        output = convolution(x)
+        assert torch.equal(output[:, :channels], x)
+        if convolution.out_channels > channels:
+            assert output[:, channels:].std() > 0.1  # the other filters are random
+    x = torch.randn(2, 3, 8, 8)
+    assert not torch.allclose(convolutions[0](x)[:, :3], x, atol=0.1)
+
+
+def test_the_first_layer_whitens(monkeypatch):
+    monkeypatch.setitem(train.RECIPE, "whitening_images", 40)
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.randn(60, 3, 14, 14), 3, stride=1) * torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
+    images[:, 1] += images[:, 0]  # pixels and channels hang together, as in photographs
+    model = train.ResNet()
+    random = model.prep[0].weight.detach().clone()
+    train.whiten_first_layer(model, images)
+
+    seen = images[:40].numpy()
+    patches = np.lib.stride_tricks.sliding_window_view(seen, (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
+    variances = np.linalg.eigvalsh(np.cov(patches.reshape(-1, 27), rowvar=False))
+    assert variances.min() < train.RECIPE["whitening_floor"] < variances.max()
+    with torch.no_grad():
+        outputs = F.conv2d(images[:40], model.prep[0].weight).transpose(0, 1).flatten(1)
+    expected = torch.from_numpy(variances / (variances + train.RECIPE["whitening_floor"])).float()
+    torch.testing.assert_close(torch.cov(outputs[:27]), torch.diag(expected), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outputs[27:54], -outputs[:27])
+    assert torch.equal(model.prep[0].weight[54:], random[54:])
+
+
+def test_a_run_begins_with_a_whitening_first_layer(workplace, monkeypatch):
+    begun, sweep, train_epoch = [], train.sweep_learning_rate, train.train_epoch
+
+    def record(original):
+        def recorder(learner, *arguments):
+            begun.append(learner.model.prep[0].weight.detach().clone())
+            return original(learner, *arguments)
+        return recorder
+    monkeypatch.setattr(train, "sweep_learning_rate", record(sweep))
+    monkeypatch.setattr(train, "train_epoch", record(train_epoch))
+    assert workplace.run("--epochs", 2) == 0
+    for weight in begun[:2]:  # of the sweep and of the first epoch
+        assert torch.equal(weight[27:54], -weight[:27])
+    assert len(begun) == 3 and not torch.equal(begun[2][27:54], -begun[2][:27])  # the second epoch goes on from the first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
