@@ -416,7 +416,7 @@ def whiten_first_layer(model, images):
     patches = F.unfold(images[:RECIPE["whitening_images"]].float().cpu(), 3)           # (N, 27, positions)
     variances, directions = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
     filters = (directions / (variances + RECIPE["whitening_floor"]).sqrt()).T.reshape(27, 3, 3, 3)
-    model.prep[0].weight[:54] = torch.cat([filters, -filters])
+    model.prep[0].weight[:54].copy_(torch.cat([filters, -filters]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
