@@ -1070,39 +1070,50 @@ def linked_reports(text):
 
 
 def readme_rows():
-    """Yield the cells of each table row of the README, and each report that the row links to."""
-    for row in (line for line in README.splitlines() if line.startswith("|")):
-        for report in linked_reports(row):
-            yield [cell.strip(" *") for cell in row.split("|")], report
+    """Yield each table row of the README that links to a report: its cells by the names of their columns, the report."""
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        columns, _, *rows = ([cell.strip(" *") for cell in line.split("|")] for line in table.splitlines())
+        for line, row in zip(table.splitlines()[2:], rows):
+            for report in linked_reports(line):
+                yield dict(zip(columns, row, strict=True)), report
 
 
-def test_the_readme_quotes_its_reports():
-    quoted = 0
-    for cells, report in readme_rows():
-        if "summary" in report:  # of one run
-            summary = report["summary"]
-            assert report["environment"]["precision"] in cells
-            assert f"{summary['train_seconds']:,.0f}" in cells and f"{summary['total_seconds']:,.0f}" in cells
-            assert f"{summary['final_test_accuracy']:.2%}" in cells
-            assert f"{summary['tta_test_accuracy']:.2%}" in cells
-            assert " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values()) in cells
-            assert str(report["config"]["seed"]) in cells
-            quoted += 1
-    assert quoted >= 1
+def quotes_of_run(report):
+    """Return what the README's tables are to say about one run, by the names of their columns."""
+    config, summary = report["config"], report["summary"]
+    return {"epochs": str(config["epochs"]), "seed": str(config["seed"]), "LRMAX": f"{config['lr_max']:.3g}",
+            "precision": report["environment"]["precision"],
+            "training, s": f"{summary['train_seconds']:,.0f}", "whole run, s": f"{summary['total_seconds']:,.0f}",
+            "held-out accuracy" if config["holdout"] else "accuracy": f"{summary['final_test_accuracy']:.2%}",
+            "with mirror image": f"{summary['tta_test_accuracy']:.2%}",
+            "90% / 94% at epoch": " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values())}
 
 
-def test_the_readme_quotes_its_sweeps():
-    quoted = 0
-    for cells, report in readme_rows():
-        if "summary" not in report:  # of several sweeps
-            assert cells[1:4] == [str(report["config"]["batch_size"]), report["environment"]["precision"],
-                                  str(report["runs"])]
-            assert len(set(report["seed"])) == report["runs"] > 1
-            for name in ("lr_max", "lr_min"):
-                assert f"{min(report[name]):.3g} to {max(report[name]):.3g}" in cells
-            assert f"{max(report['lr_max']) / min(report['lr_max']):.2f}" in cells
-            quoted += 1
-    assert quoted >= 1
+def quotes_of_runs(report):
+    """The same about several runs, or about several sweeps."""
+    config, rates = report["config"], {"LRMAX": report["lr_max"], "LRMIN": report["lr_min"]}
+    quotes = {"runs": str(report["runs"]), "epochs": str(config["epochs"]), "batch": str(config["batch_size"]),
+              "precision": report["environment"]["precision"],
+              "largest / smallest": f"{max(rates['LRMAX']) / min(rates['LRMAX']):.2f}"}
+    for name, found in rates.items():
+        quotes[name] = " to ".join(dict.fromkeys((f"{min(found):.3g}", f"{max(found):.3g}")))
+    if config["epochs"]:
+        quotes["held-out accuracy" if config["holdout"] else "accuracy"] = f"{report['mean']:.2%}"
+        quotes["standard deviation"] = f"{report['std']:.2%}"
+    return quotes
+
+
+@pytest.mark.parametrize("kind, quotes", [("summary", quotes_of_run), ("runs", quotes_of_runs)])
+def test_the_tables_of_the_readme_quote_its_reports(kind, quotes):
+    rows = [(cells, quotes(report)) for cells, report in readme_rows() if kind in report]
+    assert rows
+    for cells, expected in rows:
+        assert {name: text for name, text in cells.items() if name in expected} == \
+               {name: text for name, text in expected.items() if name in cells}
+        if int(expected["epochs"]):  # else a sweep alone
+            assert "accuracy" in cells if "accuracy" in expected else "held-out accuracy" in cells
+        else:
+            assert {"LRMAX", "LRMIN"} <= cells.keys()
 
 
 def test_the_readme_quotes_its_statistics():
