@@ -210,7 +210,7 @@ def test_a_run_begins_with_a_whitening_first_layer(workplace, monkeypatch):
     assert workplace.run("--epochs", 2) == 0
     for weight in begun[:2]:  # of the sweep and of the first epoch
         assert torch.equal(weight[27:54], -weight[:27])
-    assert len(begun) == 3 and not torch.equal(begun[2][27:54], -begun[2][:27])  # the second epoch goes on from the first
+    assert len(begun) == 3 and not torch.equal(begun[2][27:54], -begun[2][:27])  # the second goes on from the first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1070,7 +1070,7 @@ def linked_reports(text):
 
 
 def readme_rows():
-    """Yield each table row of the README that links to a report: its cells by the names of their columns, the report."""
+    """Yield for each table row of the README that links to a report its cells, by column name, and that report."""
     for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
         columns, _, *rows = ([cell.strip(" *") for cell in line.split("|")] for line in table.splitlines())
         for line, row in zip(table.splitlines()[2:], rows):
