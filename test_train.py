@@ -1069,47 +1069,66 @@ def linked_reports(text):
     return [json.loads((SCRIPT.parent / name).read_text()) for name in re.findall(r"\]\((results/[^)]*\.json)\)", text)]
 
 
-def readme_rows():
-    """Yield for each table row of the README that links to a report its cells, by column name, and that report."""
+def readme_rows(kind):
+    """Yield for each table row of the README that links to reports of a kind its cells, by column name, and those.
+
+    The kinds are "run", "runs" (statistics of several) and "sweeps" (several, without training).
+    """
     for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
         columns, _, *rows = ([cell.strip(" *") for cell in line.split("|")] for line in table.splitlines())
         for line, row in zip(table.splitlines()[2:], rows):
-            for report in linked_reports(line):
-                yield dict(zip(columns, row, strict=True)), report
+            reports = linked_reports(line)
+            kinds = {"run" if "summary" in report else "runs" if "mean" in report else "sweeps" for report in reports}
+            assert len(kinds) <= 1
+            if kinds == {kind}:
+                yield dict(zip(columns, row, strict=True)), reports
 
 
-def test_the_readme_quotes_its_reports():
+def test_the_readme_quotes_its_runs():
     quoted = 0
-    for cells, report in readme_rows():
-        if "summary" in report:  # of one run
-            config, summary = report["config"], report["summary"]
-            expected = {
-                "epochs": str(config["epochs"]), "seed": str(config["seed"]),
-                "precision": report["environment"]["precision"],
-                "training, s": f"{summary['train_seconds']:,.0f}", "whole run, s": f"{summary['total_seconds']:,.0f}",
-                "held-out accuracy" if config["holdout"] else "accuracy": f"{summary['final_test_accuracy']:.2%}",
-                "with mirror image": f"{summary['tta_test_accuracy']:.2%}",
-                "90% / 94% at epoch": " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values())}
-            if "LRMAX" in cells:
-                expected["LRMAX"] = f"{config['lr_max']:g}"
-            assert expected.items() <= cells.items()
-            quoted += 1
+    for cells, (report,) in readme_rows("run"):
+        config, summary = report["config"], report["summary"]
+        expected = {
+            "epochs": str(config["epochs"]), "seed": str(config["seed"]),
+            "precision": report["environment"]["precision"],
+            "training, s": f"{summary['train_seconds']:,.0f}", "whole run, s": f"{summary['total_seconds']:,.0f}",
+            "held-out accuracy" if config["holdout"] else "accuracy": f"{summary['final_test_accuracy']:.2%}",
+            "with mirror image": f"{summary['tta_test_accuracy']:.2%}",
+            "90% / 94% at epoch": " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values())}
+        assert expected.items() <= cells.items()
+        quoted += 1
+    assert quoted >= 1
+
+
+def test_the_readme_quotes_its_grid():
+    quoted = 0
+    for cells, (report,) in readme_rows("runs"):
+        config, accuracies = report["config"], report["final_test_accuracy"]
+        assert len(set(report["seed"])) == report["runs"] == len(accuracies) > 1
+        assert config["holdout"] and set(report["lr_max"]) == {config["lr_max"]}
+        expected = {
+            "LRMAX": f"{config['lr_max']:g}", "epochs": str(config["epochs"]), "runs": str(report["runs"]),
+            "precision": report["environment"]["precision"], "held-out accuracy, mean": f"{report['mean']:.2%}",
+            "standard deviation": f"{report['std']:.2%}",
+            "of each seed": ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)}
+        assert expected.items() <= cells.items()
+        quoted += 1
     assert quoted >= 1
 
 
 def test_the_readme_quotes_its_sweeps():
     quoted = 0
-    for cells, report in readme_rows():
-        if "summary" not in report:  # of several sweeps
-            assert len(set(report["seed"])) == report["runs"] > 1
+    for cells, reports in readme_rows("sweeps"):
+        seeds, lr_max, lr_min = (sum((report[name] for report in reports), []) for name in ("seed", "lr_max", "lr_min"))
+        assert len(set(seeds)) == sum(report["runs"] for report in reports) > 1
+        for report in reports:
             expected = {
                 "batch": str(report["config"]["batch_size"]), "precision": report["environment"]["precision"],
-                "runs": str(report["runs"]),
-                "LRMAX": f"{min(report['lr_max']):.3g} to {max(report['lr_max']):.3g}",
-                "LRMIN": f"{min(report['lr_min']):.3g} to {max(report['lr_min']):.3g}",
-                "largest / smallest": f"{max(report['lr_max']) / min(report['lr_max']):.2f}"}
+                "runs": str(len(seeds)), "LRMAX": f"{min(lr_max):.3g} to {max(lr_max):.3g}",
+                "LRMIN": f"{min(lr_min):.3g} to {max(lr_min):.3g}",
+                "largest / smallest": f"{max(lr_max) / min(lr_max):.2f}"}
             assert expected.items() <= cells.items()
-            quoted += 1
+        quoted += 1
     assert quoted >= 1
 
 
