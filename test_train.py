@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1072,8 +1073,8 @@ def linked_reports(text):
 def readme_rows(kind):
     """Return, for each table row of the README that links to reports of a kind, its cells by column name, and those.
 
-    The kinds are "run", "statistics" (of several runs) and "sweeps" (several, without training). There is at least one
-    row of a kind.
+    The kinds are "run", "statistics" (of several runs), "sweeps" (several, without training) and "ablation" (runs of
+    other recipes, in a table with a column "changed"). There is at least one row of a kind.
     """
     found = []
     for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
@@ -1083,6 +1084,9 @@ def readme_rows(kind):
             kinds = {"run" if "summary" in report else "statistics" if "mean" in report else "sweeps"
                      for report in reports}
             assert len(kinds) <= 1
+            if kinds and "changed" in columns:
+                assert kinds == {"run"}
+                kinds = {"ablation"}
             if kinds == {kind}:
                 found.append((dict(zip(columns, row, strict=True)), reports))
     assert found
@@ -1112,6 +1116,32 @@ def test_the_readme_quotes_its_grid():
             "precision": report["environment"]["precision"], "held-out accuracy, mean": f"{report['mean']:.2%}",
             "standard deviation": f"{report['std']:.2%}",
             "of each seed": ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)}
+        assert expected.items() <= cells.items()
+
+
+def test_the_readme_quotes_its_ablations():
+    recipe = json.loads((SCRIPT.parent / "results" / "grid" / "lr-max-0.06.json").read_text())
+    for cells, reports in readme_rows("ablation"):
+        name, value = train.recipe_constant(re.fullmatch(r"`--set (\S+)`", cells["changed"])[1])
+        changed = {name: list(value) if isinstance(value, tuple) else value}
+        assert changed[name] != recipe["config"]["recipe"][name]
+        accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
+        mean = statistics.fmean(accuracies)
+        assert len({report["config"]["seed"] for report in reports}) == len(reports)
+        for report in reports:
+            assert report["config"]["recipe"] == recipe["config"]["recipe"] | changed
+            for same in ("epochs", "batch_size", "holdout", "subset", "precision"):
+                assert report["config"][same] == recipe["config"][same]
+            if not report["lr_sweep"]:
+                assert report["config"]["lr_max"] == recipe["config"]["lr_max"]
+                assert report["config"]["lr_min"] == recipe["config"]["lr_min"]
+        expected = {
+            "LRMAX": ", ".join(f"{report['config']['lr_max']:.3g}{' found' if report['lr_sweep'] else ''}"
+                               for report in reports),
+            "epochs": str(recipe["config"]["epochs"]), "precision": recipe["config"]["precision"],
+            "runs": str(len(reports)), "held-out accuracy, mean": f"{mean:.2%}",
+            "of each seed": ", ".join(f"{accuracy:.2%}" for accuracy in accuracies),
+            "the recipe's is better by": f"{100 * (recipe['mean'] - mean):.2f}"}
         assert expected.items() <= cells.items()
 
 
