@@ -1093,6 +1093,12 @@ def readme_rows(kind):
     return found
 
 
+def assert_alike(reports, *settings):
+    """Assert that all reports were made with the same value of each setting."""
+    for setting in settings:
+        assert all(report["config"][setting] == reports[0]["config"][setting] for report in reports), setting
+
+
 def test_the_readme_quotes_its_runs():
     for cells, (report,) in readme_rows("run"):
         config, summary = report["config"], report["summary"]
@@ -1123,18 +1129,16 @@ def test_the_readme_quotes_its_ablations():
     recipe = json.loads((SCRIPT.parent / "results" / "grid" / "lr-max-0.06.json").read_text())
     for cells, reports in readme_rows("ablation"):
         name, value = train.recipe_constant(re.fullmatch(r"`--set (\S+)`", cells["changed"])[1])
-        changed = {name: list(value) if isinstance(value, tuple) else value}
+        changed = json.loads(json.dumps({name: value}))  # a pair is a list in the report
         assert changed[name] != recipe["config"]["recipe"][name]
         accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
         mean = statistics.fmean(accuracies)
         assert len({report["config"]["seed"] for report in reports}) == len(reports)
+        assert_alike([recipe, *reports], "epochs", "batch_size", "holdout", "subset", "precision")
         for report in reports:
             assert report["config"]["recipe"] == recipe["config"]["recipe"] | changed
-            for same in ("epochs", "batch_size", "holdout", "subset", "precision"):
-                assert report["config"][same] == recipe["config"][same]
             if not report["lr_sweep"]:
-                assert report["config"]["lr_max"] == recipe["config"]["lr_max"]
-                assert report["config"]["lr_min"] == recipe["config"]["lr_min"]
+                assert_alike([recipe, report], "lr_max", "lr_min")
         expected = {
             "LRMAX": ", ".join(f"{report['config']['lr_max']:.3g}{' found' if report['lr_sweep'] else ''}"
                                for report in reports),
@@ -1150,8 +1154,7 @@ def test_the_readme_quotes_its_sweeps():
         first = reports[0]
         seeds, lr_max, lr_min = (sum((report[name] for report in reports), []) for name in ("seed", "lr_max", "lr_min"))
         assert len(set(seeds)) == sum(report["runs"] for report in reports) > 1
-        for name in ("batch_size", "epochs", "holdout", "subset", "precision", "recipe"):  # sweeps of one kind
-            assert all(report["config"][name] == first["config"][name] for report in reports)
+        assert_alike(reports, "batch_size", "epochs", "holdout", "subset", "precision", "recipe")
         expected = {
             "batch": str(first["config"]["batch_size"]), "precision": first["environment"]["precision"],
             "runs": str(len(seeds)), "LRMAX": f"{min(lr_max):.3g} to {max(lr_max):.3g}",
