@@ -1110,6 +1110,8 @@ def test_the_readme_quotes_its_runs():
             "with mirror image": f"{summary['tta_test_accuracy']:.2%}",
             "90% / 94% at epoch": " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values())}
         assert expected.items() <= cells.items()
+        for name, value in map(train.recipe_constant, re.findall(r"--set ([^\s`]+)", cells.get("what", ""))):
+            assert config["recipe"][name] == value
 
 
 def test_the_readme_quotes_its_grid():
