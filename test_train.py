@@ -1152,9 +1152,16 @@ def test_the_readme_quotes_its_ablations():
 
 
 def test_the_readme_quotes_its_sweeps():
+    lr_max_factor, lr_min_factor, apart = map(float, re.search(
+        r"LRMAX stays within a factor of (\S+) and LRMIN within one of (\S+),.*\bat most\s+(\d+)% apart", README, re.DOTALL
+    ).groups())
+    found = {}  # LRMAX in each precision, by batch size and seed
     for cells, reports in readme_rows("sweeps"):
         first = reports[0]
         seeds, lr_max, lr_min = (sum((report[name] for report in reports), []) for name in ("seed", "lr_max", "lr_min"))
+        assert max(lr_max) / min(lr_max) <= lr_max_factor and max(lr_min) / min(lr_min) <= lr_min_factor
+        for seed, rate in zip(seeds, lr_max, strict=True):
+            found.setdefault((first["config"]["batch_size"], seed), []).append(rate)
         assert len(set(seeds)) == sum(report["runs"] for report in reports) > 1
         assert_alike(reports, "batch_size", "epochs", "holdout", "subset", "precision", "recipe")
         expected = {
@@ -1163,6 +1170,8 @@ def test_the_readme_quotes_its_sweeps():
             "LRMIN": f"{min(lr_min):.3g} to {max(lr_min):.3g}",
             "largest / smallest": f"{max(lr_max) / min(lr_max):.2f}"}
         assert expected.items() <= cells.items()
+    pairs = [rates for rates in found.values() if len(rates) == 2]
+    assert pairs and max(max(rates) / min(rates) for rates in pairs) <= 1 + apart / 100
 
 
 def test_the_readme_quotes_its_statistics():
