@@ -5,6 +5,8 @@ They need no GPU, no network and no data set: those that read images write small
     python -m pytest test_train.py
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -12,12 +14,14 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,16 +29,18 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 import train
+from results import tables
+from train import Recipe
 
 SCRIPT = Path(train.__file__).resolve()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Small data in the real format
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Small data in the real format, small runs -----------------------------------------------------------------------
 
 def easy_images(count, seed):
     """Return uint8 rows (count, 3072) and labels of ten classes that differ in their colours and stripes."""
@@ -81,9 +87,10 @@ class Workplace:
     def run(self, *arguments):
         return train.main([*SMALL, "--no-figures", "--output", "run.json", *map(str, arguments)])
 
-    def start(self, *arguments):
+    def start(self, *arguments, **environment):
         process = subprocess.Popen([sys.executable, self.launcher, *SMALL, "--no-figures", *map(str, arguments)],
-                                   cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                   cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env={**os.environ, **environment})
         self.processes.append(process)
         return process
 
@@ -110,9 +117,44 @@ SMALL = ("--batch-size", "50", "--device", "cpu")  # a CPU gives the same result
 RATES = ("--lr-max", "0.01", "--lr-min", "0.0001")  # given where a test is not about the sweep
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-# ----------------------------------------------------------------------------------------------------------------------
+def random_split(count=64):
+    generator = torch.Generator().manual_seed(1)
+    return train.Split(torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8),
+                       torch.randint(10, (count,), generator=generator))
+
+
+def small_run(recipe=Recipe(batch_size=8), count=8, precision="fp32"):
+    return train.start(recipe, random_split(count), random_split(count), seed=0, device="cpu", precision=precision)
+
+
+def one_step(run, images, labels, lr=1e-3, beta1=0.9):
+    return next(train.take_steps(run, [(images, labels)], [(lr, beta1)]))
+
+
+# ---- Recipe ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changed", [
+    {"epochs": -1}, {"epochs": 2.5}, {"epochs": 10**9}, {"batch_size": 1}, {"peak_fraction": 1.0}, {"beta1": (2.0, 0.9)},
+    {"beta1": 0.9}, {"beta1": (0.9, 0.9, 0.9)}, {"beta2": 1.5}, {"epsilon": math.nan}, {"epsilon": 0.0},
+    {"memory_epochs": -math.inf}, {"label_smoothing": 2.0}, {"label_smoothing": "0.1"}, {"batchnorm_momentum": 0.0},
+    {"logit_scale": math.inf}, {"whitening_images": 0}, {"whitening_floor": -0.01}, {"padding": 32},
+    {"padding_mode": "foo"}, {"cutout": 40}, {"cutout": 8.0}, {"sweep_range": (1.0, 1.0)}, {"sweep_range": (0.0, 1.0)},
+    {"sweep_steps": 1}, {"sweep_begun": 0.8}, {"sweep_done": 1.0}, {"sweep_factor": -16.0}])
+def test_a_constant_without_sense_is_refused_by_name_in_one_sentence(changed):
+    (name,) = changed
+    with pytest.raises(ValueError, match=rf"^[^\n]*\b{name}\b[^\n]*$"):
+        Recipe(**changed)
+
+
+def test_a_recipe_is_a_value():
+    recipe = Recipe(epochs=10, label_smoothing=0)
+    assert recipe == dataclasses.replace(Recipe(), epochs=10, label_smoothing=0.0) != Recipe()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.epochs = 5
+    assert Recipe(memory_epochs=math.inf, batchnorm_momentum=1, padding=0, cutout=0)  # ends of their intervals
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
 
 def test_parameters_counted_by_hand():
     convolutions = 9 * (3 * 64 + 64 * 128 + 2 * 128 * 128 + 128 * 256 + 256 * 512 + 2 * 512 * 512)
@@ -157,7 +199,7 @@ def test_forward_pass_against_the_recipe_written_out():
     h = conv(h, pool=True)
     h = conv(h, pool=True)
     h = h + conv(conv(h))
-    h = F.linear(h.amax(dim=(2, 3)), parameters.pop(0), parameters.pop(0)) * train.RECIPE["logit_scale"]
+    h = F.linear(h.amax(dim=(2, 3)), parameters.pop(0), parameters.pop(0)) * Recipe.logit_scale
     assert not parameters
     torch.testing.assert_close(model(x), h)
 
@@ -177,52 +219,42 @@ def test_convolutions_pass_their_input_on_before_training():
     assert not torch.allclose(convolutions[0](x)[:, :3], x, atol=0.1)
 
 
-def test_the_first_layer_whitens(monkeypatch):
-    monkeypatch.setitem(train.RECIPE, "whitening_images", 40)
+def test_a_model_has_the_constants_that_it_was_made_with():
     torch.manual_seed(0)
-    images = F.avg_pool2d(torch.randn(60, 3, 14, 14), 3, stride=1) * torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
-    images[:, 1] += images[:, 0]  # pixels and channels hang together, as in photographs
-    model = train.ResNet()
-    random = model.prep[0].weight.detach().clone()
-    train.whiten_first_layer(model, images)
+    plain = train.ResNet(Recipe(logit_scale=1.0, batchnorm_momentum=0.5))
+    scaled = train.ResNet(Recipe(logit_scale=0.25))
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(scaled(x), 0.25 * plain(x))
+    assert {module.momentum for module in plain.modules() if isinstance(module, nn.BatchNorm2d)} == {0.5}
 
-    seen = images[:40].numpy()
-    patches = np.lib.stride_tricks.sliding_window_view(seen, (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
+
+def test_the_first_layer_whitens():
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.randn(40, 3, 14, 14), 3, stride=1) * torch.tensor([0.5, 1.0, 4.0]).view(3, 1, 1)
+    images[:, 1] += images[:, 0]  # pixels and channels hang together, as in photographs
+    model, floor = train.ResNet(), 0.01
+    random = model.prep[0].weight.detach().clone()
+    train.whiten_first_layer(model, images, floor)
+
+    patches = np.lib.stride_tricks.sliding_window_view(images.numpy(), (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
     variances = np.linalg.eigvalsh(np.cov(patches.reshape(-1, 27), rowvar=False))
-    assert variances.min() < train.RECIPE["whitening_floor"] < variances.max()
+    assert variances.min() < floor < variances.max()
     with torch.no_grad():
-        outputs = F.conv2d(images[:40], model.prep[0].weight).transpose(0, 1).flatten(1)
-    expected = torch.from_numpy(variances / (variances + train.RECIPE["whitening_floor"])).float()
+        outputs = F.conv2d(images, model.prep[0].weight).transpose(0, 1).flatten(1)
+    expected = torch.from_numpy(variances / (variances + floor)).float()
     torch.testing.assert_close(torch.cov(outputs[:27]), torch.diag(expected), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(outputs[27:54], -outputs[:27])
     assert torch.equal(model.prep[0].weight[54:], random[54:])
 
 
-def test_a_run_begins_with_a_whitening_first_layer(workplace, monkeypatch):
-    begun, sweep, train_epoch = [], train.sweep_learning_rate, train.train_epoch
-
-    def record(original):
-        def recorder(learner, *arguments):
-            begun.append(learner.model.prep[0].weight.detach().clone())
-            return original(learner, *arguments)
-        return recorder
-    monkeypatch.setattr(train, "sweep_learning_rate", record(sweep))
-    monkeypatch.setattr(train, "train_epoch", record(train_epoch))
-    assert workplace.run("--epochs", 2) == 0
-    for weight in begun[:2]:  # of the sweep and of the first epoch
-        assert torch.equal(weight[27:54], -weight[:27])
-    assert len(begun) == 3 and not torch.equal(begun[2][27:54], -begun[2][:27])  # the second goes on from the first
+def test_a_run_starts_with_a_layer_that_whitens_its_first_images():
+    run, others = small_run(Recipe(batch_size=8, whitening_images=4)), train.ResNet()
+    train.whiten_first_layer(others, run.train.images[:4], Recipe.whitening_floor)
+    torch.testing.assert_close(run.model.prep[0].weight[:54], others.prep[0].weight[:54])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data and augmentation
-# ----------------------------------------------------------------------------------------------------------------------
-
-def random_split(count=64):
-    generator = torch.Generator().manual_seed(1)
-    return train.Split(torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8),
-                       torch.randint(10, (count,), generator=generator))
-
+# ---- Data and augmentation -------------------------------------------------------------------------------------------
 
 def test_channel_statistics_against_numpy():
     images = random_split().images
@@ -234,40 +266,59 @@ def test_channel_statistics_against_numpy():
 
 
 def test_augmentation_pixel_for_pixel_against_torchvision():
-    split = random_split()
+    recipe, split = Recipe(), random_split()
     mean, std = train.channel_statistics(split.images)
-    prepared = train.prepare(split, mean, std, "cpu", torch.float32, padding=4)
-    draws = train.draw_augmentation(torch.arange(64) % 3 == 0, 32, torch.Generator().manual_seed(2))
-    augmented = train.augment(prepared.images, draws)
+    prepared = train.prepare(split, mean, std, "cpu", torch.float32, recipe.padding, recipe.padding_mode)
+    mirrored = torch.arange(64) % 3 == 0
+    augmented = train.augment(recipe, prepared.images, mirrored, torch.Generator().manual_seed(2))
 
+    generator = torch.Generator().manual_seed(2)
+    tops, lefts, hole_tops, hole_lefts = (torch.randint(choices, (64,), generator=generator).tolist()
+                                          for choices in (9, 9, 25, 25))
     assert augmented.shape == (64, 3, 32, 32) and augmented.is_contiguous(memory_format=torch.channels_last)
     for i, image in enumerate(split.images):
         image = TF.normalize(TF.convert_image_dtype(image, torch.float32), mean.tolist(), std.tolist())
-        image = TF.pad(image, [4], padding_mode=train.RECIPE["padding_mode"])
-        image = TF.crop(image, int(draws.crop_top[i]), int(draws.crop_left[i]), 32, 32)
-        image = TF.hflip(image) if draws.flip[i] else image
-        image = TF.erase(image, int(draws.cutout_top[i]), int(draws.cutout_left[i]), 8, 8, torch.tensor(0.0))
+        image = TF.pad(image, [4], padding_mode="reflect")
+        image = TF.crop(image, tops[i], lefts[i], 32, 32)
+        image = TF.hflip(image) if mirrored[i] else image
+        image = TF.erase(image, hole_tops[i], hole_lefts[i], 8, 8, torch.tensor(0.0))
         torch.testing.assert_close(augmented[i], image, rtol=0, atol=1e-6)
 
 
-def draw_for(count, epoch):
-    return train.draw_augmentation(train.draw_flips(count, 0, epoch, "cpu"), 32, train.epoch_generator(0, epoch, "cpu"))
+@pytest.mark.parametrize("mode", ["reflect", "constant", "replicate", "circular"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_of_padding_works(mode, dtype):
+    split = random_split(2)
+    prepared = train.prepare(split, torch.zeros(3), torch.ones(3), "cpu", dtype, 31, mode)
+    expected = np.pad(split.images.numpy() / np.float32(255), ((0, 0), (0, 0), (31, 31), (31, 31)),
+                      mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
+    torch.testing.assert_close(prepared.images, torch.from_numpy(expected).to(dtype))
 
 
-@pytest.mark.parametrize("name, choices", [("crop_top", 9), ("crop_left", 9), ("flip", 2), ("cutout_top", 25),
-                                           ("cutout_left", 25)])
-def test_every_draw_is_uniform(name, choices):
-    count = 100_000
-    draws = draw_for(count, epoch=1)
-    observed = torch.bincount(getattr(draws, name).long(), minlength=choices).double()
+@pytest.fixture(scope="module")
+def draws():
+    """What 100,000 images draw: a tensor of counts for each kind of position, and for flips."""
+    drawn, count = {}, 100_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "crop", lambda images, top, left, size: drawn.update(top=top, left=left) or images)
+        patch.setattr(train, "flip", lambda images, chosen: drawn.update(flip=chosen) or images)
+        patch.setattr(train, "cutout", lambda images, top, left, size: drawn.update(hole_top=top, hole_left=left))
+        train.augment(Recipe(), torch.zeros(count, 0, 40, 40), train.draw_flips(count, 0, 1, "cpu"),
+                      train.epoch_generator(0, 1, "cpu"))
+    return drawn
+
+
+@pytest.mark.parametrize("name, choices", [("top", 9), ("left", 9), ("flip", 2), ("hole_top", 25), ("hole_left", 25)])
+def test_every_draw_is_uniform(draws, name, choices):
+    observed = torch.bincount(draws[name].long(), minlength=choices).double()
     assert len(observed) == choices
-    chi_squared = ((observed - count / choices) ** 2 / (count / choices)).sum()
-    degrees = choices - 1
+    expected = len(draws[name]) / choices
+    chi_squared, degrees = ((observed - expected) ** 2 / expected).sum(), choices - 1
     assert chi_squared < degrees + 5 * math.sqrt(2 * degrees) + 5  # more than five standard deviations off is no chance
 
 
-def test_draws_are_independent_of_each_other():
-    draws = torch.stack([values.double() for values in draw_for(100_000, epoch=1)])
+def test_draws_are_independent_of_each_other(draws):
+    draws = torch.stack([values.double() for values in draws.values()])
     correlation = torch.corrcoef(draws) - torch.eye(5)
     assert correlation.abs().max() < 5 / math.sqrt(100_000)
     neighbours = [torch.corrcoef(torch.stack([row[1:], row[:-1]]))[0, 1].abs() for row in draws]
@@ -281,7 +332,7 @@ def test_an_image_is_mirrored_in_every_other_epoch():
 
     def mirrored(seed, epoch):  # neither crop nor cutout can make the left half the darker one
         brighter = {}
-        for images, labels in train.augmented_batches(split, 100, seed, epoch):
+        for images, labels in train.augmented_batches(Recipe(batch_size=100), split, seed, epoch):
             brighter.update(zip(labels.tolist(), (images[..., :16].sum((1, 2, 3)) < images[..., 16:].sum((1, 2, 3)))))
         return torch.stack([brighter[label] for label in range(500)])
     first, second, third = (mirrored(0, epoch) for epoch in (1, 2, 3))
@@ -293,8 +344,7 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
     split = train.Split(torch.zeros(103, 3, 40, 40), torch.arange(103))
 
     def labels(seed, epoch):
-        return [batch.tolist() for _, batch in
-                train.augmented_batches(split, 25, seed, epoch)]
+        return [batch.tolist() for _, batch in train.augmented_batches(Recipe(batch_size=25), split, seed, epoch)]
     assert [len(batch) for batch in labels(0, 1)] == [25, 25, 25, 25, 3]
     assert sorted(sum(labels(0, 1), [])) == list(range(103))
     assert labels(0, 1) == labels(0, 1)
@@ -304,7 +354,7 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
 def test_batches_are_channels_last_and_in_the_precision_of_training():
     split = random_split(20)
     prepared = train.prepare(split, *train.channel_statistics(split.images), "cpu", torch.bfloat16, padding=4)
-    for images, labels in train.augmented_batches(prepared, 8, 0, 1):
+    for images, labels in train.augmented_batches(Recipe(batch_size=8), prepared, 0, 1):
         assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.bfloat16
         assert images.shape == (len(labels), 3, 32, 32)
     assert train.memory_format("cuda") == torch.channels_last and train.memory_format("mps") == torch.contiguous_format
@@ -315,8 +365,8 @@ def test_subset_and_holdout_select_the_right_images():
     testing = train.Split(torch.zeros(40, 1), torch.arange(100, 140))
 
     def select(*arguments):
-        options = train.parse_arguments(["--batch-size", "2", *arguments])
-        trained, evaluated, name = train.select_images(options, training, testing)
+        config = train.parse_arguments(["--batch-size", "2", *arguments])
+        trained, evaluated, name = train.select_images(config, training, testing)
         return trained.labels.tolist(), evaluated.labels.tolist(), name
     assert select() == (list(range(50)), list(range(100, 140)), "test images")
     assert select("--subset", "20") == (list(range(20)), list(range(100, 104)), "test images")
@@ -337,9 +387,13 @@ def test_the_real_data_set_has_its_known_statistics():
     torch.testing.assert_close(std, torch.tensor([0.2470, 0.2435, 0.2616]), rtol=0, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One-cycle and sweep
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- One-cycle and sweep ---------------------------------------------------------------------------------------------
+
+def plan(epochs, lr_min, lr_max, steps_per_epoch):
+    rates = train.Rates(lr_min, lr_max)
+    return [pair for epoch in range(1, epochs + 1)
+            for pair in train.plan_epoch(Recipe(epochs=epochs), rates, epoch, steps_per_epoch)]
+
 
 @pytest.mark.parametrize("epochs, steps_per_epoch", [(24, 98), (10, 98), (3, 7), (1, 10)])
 def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch):
@@ -348,9 +402,9 @@ def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr_max, total_steps=total, pct_start=5 / 24, anneal_strategy="linear", base_momentum=0.85,
         max_momentum=0.95, div_factor=lr_max / lr_min, final_div_factor=1.0)
-    lrs, beta1s = train.plan_cycle({"epochs": epochs, "lr_min": lr_min, "lr_max": lr_max}, steps_per_epoch)
-    assert len(lrs) == len(beta1s) == total
-    for lr, beta1 in zip(lrs, beta1s):
+    planned = plan(epochs, lr_min, lr_max, steps_per_epoch)
+    assert len(planned) == total
+    for lr, beta1 in planned:
         assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         assert beta1 == pytest.approx(optimizer.param_groups[0]["betas"][0], rel=1e-9)
         optimizer.step()
@@ -359,14 +413,14 @@ def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch):
 
 
 def test_one_cycle_peaks_at_the_end_of_epoch_5_and_ends_at_lr_min():
-    lrs, _ = train.plan_cycle({"epochs": 24, "lr_min": 1e-5, "lr_max": 1e-2}, 98)
+    lrs = [lr for lr, _ in plan(24, 1e-5, 1e-2, 98)]
     assert lrs.index(max(lrs)) == 5 * 98 - 1 and max(lrs) == pytest.approx(1e-2)
     assert lrs[0] == lrs[-1] == min(lrs) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_one_cycle_of_few_steps_stays_between_its_ends(steps):
-    values = [train.one_cycle(step, steps, 1.0, 2.0) for step in range(steps)]
+    values = [train.one_cycle(step, steps, 1.0, 2.0, 5 / 24) for step in range(steps)]
     assert all(1.0 <= value <= 2.0 for value in values) and values[-1] == 1.0
 
 
@@ -374,11 +428,11 @@ def test_sweep_is_read_by_its_rule():
     lrs = [10.0 ** exponent for exponent in range(-6, 3)]
     #           fall of 2: begun at 2.8, done at 1.5, which is 16 times below LRMAX
     smoothed = [3.0, 2.9, 2.7, 1.4, 1.0, 1.1, 1.2, 1.6, 5.0]
-    assert train.read_sweep(lrs, smoothed) == (1e-4, 16 * 1e-3)
-    assert train.read_sweep(lrs, [3.0, 2.9, 2.7, 1.4, 1.0, 1.6, 1.2, 1.1, 5.0]) == (1e-4, 1e-2)  # lost earlier
-    assert train.read_sweep(lrs[:4], smoothed[:4]) == (1e-4, lrs[3])  # never climbs: at most the last rate
+    assert train.read_sweep(Recipe(), lrs, smoothed) == (1e-4, 16 * 1e-3)
+    assert train.read_sweep(Recipe(), lrs, [3.0, 2.9, 2.7, 1.4, 1.0, 1.6, 1.2, 1.1, 5.0]) == (1e-4, 1e-2)  # lost earlier
+    assert train.read_sweep(Recipe(), lrs[:4], smoothed[:4]) == (1e-4, lrs[3])  # never climbs: at most the last rate
     with pytest.raises(train.UserError, match="no learning rate"):
-        train.read_sweep(lrs[:3], [1.0, 1.5, 2.0])
+        train.read_sweep(Recipe(), lrs[:3], [1.0, 1.5, 2.0])
 
 
 def test_smoothing_is_centred():
@@ -387,176 +441,262 @@ def test_smoothing_is_centred():
     assert np.std(train.smooth([(-1.0) ** i for i in range(50)], 16)[4:-4]) < 0.15
 
 
-def quadratic_learner(curvature, seed, monkeypatch):
-    """A learner whose loss is least squares with Hessian eigenvalues up to `curvature`, on noisy targets, with SGD."""
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Linear(8, 1, bias=False)
-    nn.init.normal_(model.weight, std=3.0, generator=generator)
-    scales = math.sqrt(curvature / 2) * torch.linspace(0.5, 1.0, 8)
-
-    def step(learner, inputs, noise):
-        loss = (learner.model(inputs) + noise).square().mean()  # Hessian 2 E[x x^T]: eigenvalues 2 scales^2
-        learner.optimizer.zero_grad()
-        loss.backward()
-        learner.optimizer.step()
-        return loss.detach(), None
-
-    def batches():
-        while True:
-            yield torch.randn(256, 8, generator=generator) * scales, torch.randn(256, 1, generator=generator) * 0.5
-
-    monkeypatch.setattr(train, "train_step", step)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return train.Learner(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), "cpu", torch.float32), batches()
+def sweep_of(monkeypatch, steps, losses):
+    """Return the Rates that a sweep of `steps` finds where `losses(learning rates)` yields the loss of each step."""
+    run = SimpleNamespace(recipe=Recipe(), seed=0, train=None, steps_per_epoch=steps, state=dict, load_state=dict)
+    monkeypatch.setattr(train, "augmented_batches", lambda *arguments: iter(range(steps)))
+    monkeypatch.setattr(train, "take_steps", lambda run, batches, schedule: (
+        (torch.tensor(loss), None) for loss in losses([lr for lr, _ in schedule])))
+    return train.find_rates(run)
 
 
 @pytest.mark.parametrize("curvature", [1.0, 50.0, 2000.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sweep_finds_the_known_rate_of_a_quadratic(curvature, seed, monkeypatch):
-    learner, batches = quadratic_learner(curvature, seed, monkeypatch)
-    sweep = train.sweep_learning_rate(learner, batches, 100)
+    def losses(lrs):  # of gradient descent on least squares with Hessian eigenvalues up to `curvature`, noisy targets
+        generator = torch.Generator().manual_seed(seed)
+        weight = 3 * torch.randn(8, generator=generator)
+        scales = math.sqrt(curvature / 2) * torch.linspace(0.5, 1.0, 8)
+        for lr in lrs:
+            inputs = torch.randn(256, 8, generator=generator) * scales
+            errors = inputs @ weight + 0.5 * torch.randn(256, generator=generator)
+            yield errors.square().mean().item()  # Hessian 2 E[x x^T]: eigenvalues 2 scales^2
+            weight = weight - lr * 2 * inputs.T @ errors / 256
+
+    rates = sweep_of(monkeypatch, 100, losses)
     largest_stable_rate = 2 / curvature  # gradient descent diverges beyond it
-    if largest_stable_rate < train.RECIPE["sweep_range"][1]:
-        assert largest_stable_rate / 2 < sweep["lr_max"] < largest_stable_rate * 2
-        assert len(sweep["lr"]) < 100 and max(sweep["loss"]) < 1e6 * sweep["loss"][0], "it did not stop at divergence"
+    if largest_stable_rate < Recipe.sweep_range[1]:
+        assert largest_stable_rate / 2 < rates.lr_max < largest_stable_rate * 2
+        assert len(rates.sweep["lr"]) < 100, "it did not stop at divergence"
+        assert max(rates.sweep["loss"]) < 1e6 * rates.sweep["loss"][0]
     else:
-        assert sweep["lr_max"] == pytest.approx(train.RECIPE["sweep_range"][1])
-    assert sweep["lr_min"] < sweep["lr_max"] / 5
-    assert len(sweep["lr"]) == len(sweep["loss"]) == len(sweep["smoothed_loss"])
-    assert np.diff(np.log(sweep["lr"])) == pytest.approx(math.log(1e6) / 99)
+        assert rates.lr_max == pytest.approx(Recipe.sweep_range[1])
+    assert rates.lr_min < rates.lr_max / 5
+    assert len(rates.sweep["lr"]) == len(rates.sweep["loss"]) == len(rates.sweep["smoothed_loss"])
+    assert np.diff(np.log(rates.sweep["lr"])) == pytest.approx(math.log(1e6) / 99)
 
 
-def snapshot(learner):
-    return [value.clone() for value in learner.model.state_dict().values()], pickle.dumps(
-        [(group["lr"], group["betas"]) for group in learner.optimizer.param_groups]), {
-        (index, name): value.clone() for index, state in learner.optimizer.state_dict()["state"].items()
-        for name, value in state.items()}, torch.get_rng_state()
+def test_sweep_ends_where_the_loss_has_climbed_back_and_not_before(monkeypatch):
+    def losses(lrs):  # over 100 steps: 2.0, down to 1.0 at step 40, and up again from 60 on
+        return (1.5 - 0.5 * math.cos(math.pi * step / 40) * -1 if step < 40 else 1.0 if step < 60 else 1.0
+                + (step - 60) / 20 for step in range(100))
+    assert 80 < len(sweep_of(monkeypatch, 100, losses).sweep["lr"]) < 90
+    small_climb = lambda lrs: (2.0 if step < 20 else 1.0 if step < 60 else 1.8 for step in range(100))  # noqa: E731
+    assert len(sweep_of(monkeypatch, 100, small_climb).sweep["lr"]) == 100
+    noise_first = lambda lrs: (1.0 if step < 20 else 1.05 if step < 40 else 0.5 for step in range(100))  # noqa: E731
+    assert len(sweep_of(monkeypatch, 100, noise_first).sweep["lr"]) == 100
 
 
-@pytest.mark.parametrize("steps_before", [0, 2])
-def test_sweep_leaves_everything_as_it_was(steps_before):
-    learner = train.make_learner(0, "cpu", "fp32")
-    split = random_split(32)
-    mean, std = train.channel_statistics(split.images)
-    prepared = train.prepare(split, mean, std, "cpu", torch.float32, padding=4)
+def test_a_sweep_of_many_steps_is_linear(monkeypatch):
+    started = time.monotonic()
+    sweep_of(monkeypatch, 25_000, lambda lrs: (2 - step / 25_000 for step in range(25_000)))  # batch 2
+    assert time.monotonic() - started < 60  # looking at the whole history at every step took hours
 
-    def batches():
-        for epoch in range(100):
-            torch.rand(1)  # uses the global random state
-            yield from train.augmented_batches(prepared, 16, 0, epoch)
-    train.set_rates(learner.optimizer, 1e-5, 0.9)
-    for _, (images, labels) in zip(range(steps_before), batches()):
-        train.train_step(learner, images, labels)
-    weights, groups, state, random_state = snapshot(learner)
-    learner.model.eval()
-    sweep = train.sweep_learning_rate(learner, batches(), 20)
-    assert len(sweep["lr"]) > 5 and not learner.model.training
-    weights_after, groups_after, state_after, random_state_after = snapshot(learner)
-    assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
-    assert groups == groups_after and state.keys() == state_after.keys()
-    assert all(torch.equal(state[key], state_after[key]) for key in state)
-    assert torch.equal(random_state, random_state_after)
-    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+def test_sweep_leaves_everything_as_it_was():
+    run = small_run(Recipe(batch_size=16, sweep_steps=4), 32)
+    run.scaler = torch.amp.GradScaler("cpu", growth_interval=1)  # grows with every step
+    for steps_before in (0, 2):
+        batches = train.augmented_batches(run.recipe, run.train, 0, 1)
+        list(train.take_steps(run, batches, [(1e-5, 0.9)] * steps_before))
+        before, random_state = pickle.dumps(run.state()), torch.get_rng_state()
+        seen = []
+        rates = train.find_rates(run, lambda *step: seen.append(step))
+        assert [step for step, *_ in seen] == list(range(1, 9)) == list(range(1, len(rates.sweep["lr"]) + 1))
+        assert pickle.dumps(run.state()) == before and torch.equal(random_state, torch.get_rng_state())
+        assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_sweep_puts_everything_back_after_an_interruption():
-    learner = train.make_learner(0, "cpu", "fp32")
-    learner.scaler = torch.amp.GradScaler("cpu", growth_interval=1)  # grows with every step
-    weights = snapshot(learner)[0]
+    run = small_run()
+    before = pickle.dumps(run.state())
 
-    def batches():
-        yield from 3 * [(torch.randn(8, 3, 32, 32), torch.arange(8))]
-        raise KeyboardInterrupt
-    scale = learner.scaler.get_scale()
+    def interrupt(step, *_):
+        if step == 3:
+            raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        train.sweep_learning_rate(learner, batches(), 20)
-    assert all(torch.equal(a, b) for a, b in zip(weights, snapshot(learner)[0], strict=True))
-    assert learner.scaler.get_scale() == scale
+        train.find_rates(run, interrupt)
+    assert pickle.dumps(run.state()) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer, step, evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Steps, evaluation, epochs ---------------------------------------------------------------------------------------
 
 def test_decay_is_decoupled_and_spares_biases_and_batch_norms():
-    learner = train.make_learner(0, "cpu", "fp32")
-    assert all(group["weight_decay"] == 0 for group in learner.optimizer.param_groups)
-    learner.optimizer.param_groups[0]["weight_decay"] = 0.3
-    train.set_rates(learner.optimizer, 0.1, 0.9)
-    before = {name: value.clone() for name, value in learner.model.named_parameters()}
-    for parameter in learner.model.parameters():
+    run = small_run()
+    assert all(group["weight_decay"] == 0 and group["fused"] for group in run.optimizer.param_groups)
+    run.optimizer.param_groups[0]["weight_decay"] = 0.3
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.1
+    for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    learner.optimizer.step()
-    for name, value in learner.model.named_parameters():
-        kept = 1 - 0.1 * 0.3 if value.ndim > 1 else 1
-        torch.testing.assert_close(value, kept * before[name])
-    assert learner.optimizer.param_groups[0]["fused"]
+    run.optimizer.step()
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(value, (1 - 0.1 * 0.3 if value.ndim > 1 else 1) * before[name])
 
 
 @pytest.mark.parametrize("lr_max, steps_per_epoch, memory", [(0.04, 98, 490), (0.01, 391, 1955), (0.04, 4, 100)])
 def test_decay_alone_shrinks_weights_to_1_over_e_in_their_memory(lr_max, steps_per_epoch, memory):
     weight = nn.Parameter(torch.ones(1))
-    decay = train.weight_decay(lr_max, steps_per_epoch)
+    decay = train.weight_decay(Recipe(), lr_max, steps_per_epoch)
     optimizer = torch.optim.AdamW([weight], lr=lr_max, weight_decay=decay)
     for _ in range(memory):
         weight.grad = torch.zeros(1)
         optimizer.step()
     assert weight.item() == pytest.approx(1 / math.e, rel=0.01)
+    assert train.weight_decay(Recipe(memory_epochs=math.inf), lr_max, steps_per_epoch) == 0
+
+
+def written_out_loss(logits, labels, smoothing=Recipe.label_smoothing):
+    log_p = logits.log_softmax(1)
+    return -((1 - smoothing) * log_p[range(len(labels)), labels] + smoothing * log_p.mean(1)).mean()
 
 
 def test_a_step_against_pytorch_written_out():
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    learner, reference = (train.make_learner(0, "cpu", "fp32") for _ in range(2))
+    run, reference = small_run(), small_run()
     logits = reference.model(images)
-    smoothing = train.RECIPE["label_smoothing"]
-    log_p = logits.log_softmax(1)
-    loss = -((1 - smoothing) * log_p[range(8), labels] + smoothing * log_p.mean(1)).mean()
+    loss = written_out_loss(logits, labels)
     loss.backward()
-    reported, correct = train.train_step(learner, images, labels)
+    optimizer = torch.optim.AdamW(reference.model.parameters(), lr=0.01, betas=(0.9, Recipe.beta2), eps=Recipe.epsilon,
+                                  weight_decay=0)
+    optimizer.step()
+    reported, correct = one_step(run, images, labels, lr=0.01)
     torch.testing.assert_close(reported, loss.detach())
     assert correct == (logits.argmax(1) == labels).sum()
-    for ours, theirs in zip(learner.model.parameters(), reference.model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(run.model.parameters(), reference.model.parameters()):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_an_epoch_takes_each_step_at_its_rates_and_weighs_every_image_alike(monkeypatch):
     taken = []
 
-    def step(learner, images, labels):
-        group = learner.optimizer.param_groups[-1]
-        taken.append((group["lr"], group["betas"][0]))
-        return torch.tensor(float(len(taken))), torch.tensor(len(labels) - 1)
-    monkeypatch.setattr(train, "train_step", step)
-    learner = train.make_learner(0, "cpu", "fp32")
-    batches = [(torch.zeros(size, 3, 32, 32), torch.zeros(size)) for size in (4, 4, 2)]
-    result = train.train_epoch(learner, batches, [0.1, 0.2, 0.3], [0.95, 0.9, 0.85], 1, 1)
+    def steps(run, batches, schedule):
+        for (images, labels), pair in zip(batches, schedule):
+            taken.append(pair)
+            yield torch.tensor(float(len(taken))), torch.tensor(len(labels) - 1)
+    monkeypatch.setattr(train, "take_steps", steps)
+    run = small_run(Recipe(batch_size=4), 10)
+    result = train.train_epoch(run, [(0.1, 0.95), (0.2, 0.9), (0.3, 0.85)])
     assert taken == [(0.1, 0.95), (0.2, 0.9), (0.3, 0.85)]
     assert result["train_loss"] == pytest.approx((4 * 1 + 4 * 2 + 2 * 3) / 10)
     assert result["train_accuracy"] == pytest.approx((3 + 3 + 1) / 10)
 
 
+def test_steps_take_the_rates_of_their_schedule():
+    run, seen = small_run(Recipe(batch_size=4)), []
+    schedule = [(0.01, 0.95), (0.02, 0.9)]
+    for _ in train.take_steps(run, train.augmented_batches(run.recipe, run.train, 0, 1), schedule):
+        seen.append({(group["lr"], *group["betas"]) for group in run.optimizer.param_groups})
+    assert seen == [{(0.01, 0.95, Recipe.beta2)}, {(0.02, 0.9, Recipe.beta2)}]
+
+
 def test_prediction_and_evaluation_against_pytorch_written_out(monkeypatch):
-    learner = train.make_learner(0, "cpu", "fp32")
-    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
-    learner.model(images)  # gives the running statistics something other than their start
-    learner.model.eval()
+    run = small_run(count=10)
+    images, labels = run.test
+    run.model(images)  # gives the running statistics something other than their start
+    run.model.eval()
     with torch.no_grad():
-        expected, mirrored = learner.model(images), learner.model(TF.hflip(images))
-    learner.model.train()
+        expected, mirrored = run.model(images), run.model(TF.hflip(images))
+    run.model.train()
     monkeypatch.setattr(train, "EVAL_BATCH_SIZE", 4)  # three batches, the last one smaller
-    torch.testing.assert_close(train.predict(learner, images), expected)
-    torch.testing.assert_close(train.predict(learner, images, mirror=True), mirrored)
-    result = train.evaluate(learner, train.Split(images, labels))
-    smoothing = train.RECIPE["label_smoothing"]
-    log_p = expected.log_softmax(1)
-    loss = -((1 - smoothing) * log_p[range(10), labels] + smoothing * log_p.mean(1)).mean()
-    assert result["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert result["test_accuracy"] == sum(expected.argmax(1).tolist()[i] == i for i in range(10)) / 10
+    torch.testing.assert_close(train.predict(run, images), expected)
+    torch.testing.assert_close(train.predict(run, images, mirror=True), mirrored)
+    result = train.evaluate(run)
+    assert result["test_loss"] == pytest.approx(written_out_loss(expected, labels).item(), rel=1e-5)
+    assert result["test_accuracy"] == sum(expected.argmax(1).tolist()[i] == labels[i] for i in range(10)) / 10
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint and resume
-# ----------------------------------------------------------------------------------------------------------------------
+def test_epochs_left_in_the_middle_go_on():
+    recipe, rates = Recipe(epochs=3, batch_size=8), train.Rates(1e-4, 1e-2)
+    whole, parts = small_run(recipe, 16), small_run(recipe, 16)
+    losses = [row["train_loss"] for row in train.epochs(whole, rates)]
+    first = next(train.epochs(parts, rates))
+    rest = list(train.epochs(parts, rates))
+    assert [row["epoch"] for row in (first, *rest)] == [1, 2, 3] and not list(train.epochs(parts, rates))
+    assert [row["train_loss"] for row in (first, *rest)] == losses
+    assert rest[-1]["elapsed_seconds"] == parts.seconds > first["elapsed_seconds"] > 0
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 512: above the 8 training images"):
+        small_run(Recipe())
+
+
+# ---- The GPU's side, without a GPU: fake CUDA tensors, and meta tensors for what CUDA cannot fake --------------------
+
+class OnlyCuda(TorchDispatchMode):
+    """Fails at an operation that makes a tensor anywhere but on the GPU; fake tensors fail where the host would wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "cuda", function
+        return result
+
+
+def fake_run(device, dtype):
+    """Return a Run on a device that is not there, its first epoch of three batches, as `start` would lay it out."""
+    with torch.device(device):
+        model = train.ResNet()
+        splits = [train.Split(torch.empty(20, 3, size, size, dtype=dtype).contiguous(
+            memory_format=train.memory_format(device)), torch.zeros(20, dtype=torch.long)) for size in (40, 32)]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # Module.to does not work on fake tensors
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=train.memory_format(device)))
+    optimizer, scaler = torch.optim.Adam(model.parameters()), torch.amp.GradScaler(device, enabled=False)
+    return train.Run(Recipe(batch_size=8), 0, device, dtype, None, None, *splits, model, optimizer, scaler)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(train, "epoch_generator", lambda *arguments: None)  # there is no generator without a GPU
+    with FakeTensorMode():
+        yield
+
+
+def is_laid_out(images, dtype):
+    return images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_data_are_prepared_and_augmented_there(fake_cuda, dtype):
+    split = train.Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.zeros(20, dtype=torch.long))
+    prepared = train.prepare(split, torch.ones(3), torch.ones(3), "cuda", dtype, 4, "reflect")
+    assert prepared.images.device.type == prepared.labels.device.type == "cuda" and is_laid_out(prepared.images, dtype)
+    with OnlyCuda():
+        batches = list(train.augmented_batches(Recipe(batch_size=8), prepared, 0, 1))
+    assert [len(labels) for _, labels in batches] == [8, 8, 4]
+    assert all(is_laid_out(images, dtype) for images, _ in batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_model_keeps_layout_and_precision(fake_cuda, dtype):
+    run, outputs = fake_run("cuda", dtype), []
+    for module in run.model.modules():
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with OnlyCuda():
+        logits = train.predict(run, run.test.images)
+        mirrored = train.predict(run, run.test.images, mirror=True)
+    assert logits.shape == mirrored.shape == (20, 10) and logits.dtype == torch.float32
+    assert len(outputs) > 60 and all(output.dtype == dtype for output in outputs)
+    assert all(is_laid_out(output, dtype) for output in outputs if output.ndim == 4 and output.shape[-1] > 1)
+
+
+def test_no_step_of_an_epoch_waits_for_the_gpu(monkeypatch):
+    monkeypatch.setattr(train, "epoch_generator", lambda *arguments: None)
+    run = fake_run("meta", torch.float32)
+    run.autocast = contextlib.nullcontext
+    waits, stack = [], torch.stack  # the epoch's losses are read at once, after its last step
+    monkeypatch.setattr(torch, "stack", lambda losses: waits.append(len(losses)) or stack(losses))
+    with pytest.raises(NotImplementedError, match="meta"):
+        train.train_epoch(run, [(0.1, 0.9)] * 3)  # reading a value of a meta tensor raises
+    assert waits == [3] and all(parameter.grad.device.type == "meta" for parameter in run.model.parameters())
+
+
+# ---- Checkpoint and resume -------------------------------------------------------------------------------------------
 
 def metrics(report):
     """What of a report must be the same for two runs alike: everything but times and file names."""
@@ -568,14 +708,14 @@ def metrics(report):
 
 def test_resume_ends_as_an_uninterrupted_run(workplace, monkeypatch):
     assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "whole.pt", "--output", "whole.json") == 0
-    print_row = train.print_row
+    train_epoch = train.train_epoch
 
-    def interrupt_after_epoch_2(row):
-        print_row(row)
-        if row["epoch"] == 2:
-            monkeypatch.setattr(train, "print_row", print_row)
+    def interrupt_in_epoch_3(run, *arguments):
+        if run.epoch == 2:
+            monkeypatch.setattr(train, "train_epoch", train_epoch)
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "print_row", interrupt_after_epoch_2)
+        return train_epoch(run, *arguments)
+    monkeypatch.setattr(train, "train_epoch", interrupt_in_epoch_3)
     assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 130
     assert workplace.report("parts.json")["summary"]["status"] == "interrupted"
     assert workplace.run(*RATES, "--epochs", 4, "--checkpoint", "parts.pt", "--output", "parts.json") == 0
@@ -584,7 +724,7 @@ def test_resume_ends_as_an_uninterrupted_run(workplace, monkeypatch):
     assert metrics(whole) == metrics(parts) and len(whole["epochs"]) == 4
     saved = [torch.load(name, weights_only=True) for name in ("whole.pt", "parts.pt")]
     for kind in ("model", "optimizer"):
-        flat = [torch.utils._pytree.tree_leaves(state[kind]) for state in saved]
+        flat = [torch.utils._pytree.tree_leaves(state["run"][kind]) for state in saved]
         assert len(flat[0]) == len(flat[1]) > 30
         for a, b in zip(*flat):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -607,26 +747,49 @@ def test_checkpoint_of_another_configuration_is_refused(workplace, capsys, argum
     assert Path("run.pt").read_bytes() == before
 
 
-def test_checkpoint_of_another_recipe_is_refused(workplace, capsys, monkeypatch):
+def test_checkpoint_of_another_recipe_is_refused(workplace, capsys):
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
-    monkeypatch.setitem(train.RECIPE, "memory_epochs", 3.0)
+    report = workplace.report()
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", "--set", "memory_epochs=3", *RATES) == 1
+    assert "run.pt is of a run with memory_epochs 5.0, not 3.0.\n" in capsys.readouterr().err
+    assert workplace.report() == report
+
+
+def test_several_runs_in_two_sittings_have_the_statistics_of_one(workplace, monkeypatch):
+    arguments = ("--epochs", 0, "--runs", 2, "--checkpoint", "run.pt")
+    find_rates = train.find_rates
+
+    def interrupt_in_the_second(run, *others):
+        if run.seed == 1:
+            raise KeyboardInterrupt
+        return find_rates(run, *others)
+    monkeypatch.setattr(train, "find_rates", interrupt_in_the_second)
+    assert workplace.run(*arguments) == 130 and not Path("run.json").exists()
+    monkeypatch.setattr(train, "find_rates", lambda run, *others: find_rates(run, *others) if run.seed else pytest.fail())
+    assert workplace.run(*arguments) == 0  # seed 0 is not swept again
+    assert workplace.report()["lr_max"] == [workplace.report(f"run-seed{seed}.json")["lr_sweep"]["lr_max"]
+                                            for seed in (0, 1)]
+
+
+def test_a_resumed_run_makes_its_folder_anew(workplace):
+    arguments = [*SMALL, "--epochs", "1", "--no-figures", "--checkpoint", "run.pt", *RATES]
+    assert train.main(arguments) == 0
+    (report,) = Path("results").glob("*.json")
+    shutil.rmtree("results")
+    assert train.main(arguments) == 0 and report.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda state: state.pop("config"), lambda state: state["run"].pop("epoch"),
+                                    lambda state: state["report"].pop("summary"),
+                                    lambda state: state["report"]["epochs"][0].pop("lr"),
+                                    lambda state: state["report"]["config"].update(lr_max="high")])
+def test_a_checkpoint_that_lacks_something_is_refused(workplace, capsys, damage):
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 0
+    state = torch.load("run.pt", weights_only=True)
+    damage(state)
+    torch.save(state, "run.pt")
     assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
-    assert "memory_epochs 5.0, not 3.0" in capsys.readouterr().err
-
-
-def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path):
-    path = tmp_path / "file"
-    train.write_json(path, {"epoch": 1})
-
-    def die_half_way(temporary):
-        temporary.write_text("half")
-        assert json.loads(path.read_text()) == {"epoch": 1}  # a reader meanwhile sees the old file
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        train.replace_file(path, die_half_way)
-    assert json.loads(path.read_text()) == {"epoch": 1} and os.listdir(tmp_path) == ["file"]
-    train.write_json(path, {"epoch": 2})
-    assert json.loads(path.read_text()) == {"epoch": 2}
+    assert "run.pt is not a checkpoint" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(workplace, capsys):
@@ -635,9 +798,66 @@ def test_a_file_that_is_no_checkpoint_is_refused(workplace, capsys):
     assert "run.pt is not a checkpoint" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run and what it writes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path):
+    path = tmp_path / "file"
+    (tmp_path / "file.tmp").write_text("the user's own")
+    train.write_json(path, {"epoch": 1})
+
+    def die_half_way(temporary):
+        temporary.write_text("half")
+        assert json.loads(path.read_text()) == {"epoch": 1}  # a reader meanwhile sees the old file
+        train.write_json(path, {"epoch": 2})  # and another run may write it
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.replace_file(path, die_half_way)
+    assert json.loads(path.read_text()) == {"epoch": 2} and sorted(os.listdir(tmp_path)) == ["file", "file.tmp"]
+    assert (tmp_path / "file.tmp").read_text() == "the user's own"
+
+
+@pytest.mark.parametrize("option", ["--output", "--checkpoint", "--weights"])
+def test_a_place_that_is_no_file_is_named_before_training(workplace, capsys, monkeypatch, option):
+    Path("file").write_text("")
+    os.mkfifo("pipe")
+    os.symlink("pipe", "link")
+    os.symlink("loop", "loop")
+    monkeypatch.setattr(train, "load_cifar10", lambda *arguments: pytest.fail("it went on"))
+    for place in ("file/run", "data", "pipe", "link", "loop"):
+        assert workplace.run("--epochs", 1, option, place) == 1
+        assert f"cannot write {place}" in capsys.readouterr().err
+    assert Path("pipe").is_fifo() and Path("link").is_symlink()
+
+
+def test_a_link_stays_and_its_target_is_written(workplace):
+    Path("elsewhere").mkdir()
+    os.symlink("elsewhere/target.json", "run.json")
+    assert workplace.run("--epochs", 1, *RATES) == 0
+    assert Path("run.json").is_symlink() and workplace.report("elsewhere/target.json")["summary"]["status"] == "complete"
+
+
+def test_a_full_disk_is_named(workplace, capsys, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    assert workplace.run("--epochs", 1, "--checkpoint", "run.pt", *RATES) == 1
+    message = capsys.readouterr().err
+    assert "cannot write run.pt ([Errno 28] No space left on device)" in message
+    assert workplace.report()["summary"]["status"] == "interrupted"
+
+
+def test_trained_weights_classify_images_without_the_run(workplace):
+    changed = ("--set", "logit_scale=0.25", "--set", "beta1=0.9,0.8")
+    assert workplace.run("--epochs", 2, "--weights", "weights.pt", *changed, *RATES) == 0
+    model, mean, std, classes = train.load_weights("weights.pt")
+    images, labels = train.load_cifar10("data")[1]
+    predicted = model(train.normalise(images, mean, std)).argmax(1)
+    assert (predicted == labels).float().mean() == pytest.approx(
+        workplace.report()["summary"]["final_test_accuracy"], abs=0.051)  # one of 20: rounding may decide it
+    assert model.logit_scale == 0.25 and len(classes) == 10 and not model.training
+
+
+# ---- A run and what it writes ----------------------------------------------------------------------------------------
 
 def test_a_run_reports_all_it_should(workplace, capsys):
     assert workplace.run("--epochs", 8, "--batch-size", 30) == 0
@@ -645,7 +865,8 @@ def test_a_run_reports_all_it_should(workplace, capsys):
     config, summary, rows = report["config"], report["summary"], report["epochs"]
 
     assert config["epochs"] == 8 and config["batch_size"] == 30 and config["peak_epoch"] == pytest.approx(8 * 5 / 24)
-    assert config["recipe"]["memory_epochs"] == train.RECIPE["memory_epochs"]
+    recipe = json.loads(json.dumps(dataclasses.asdict(Recipe(epochs=8, batch_size=30))))  # a pair is a list there
+    assert {"epochs": 8, "batch_size": 30, **config["recipe"]} == recipe
     assert set(report["environment"]) == {"python", "torch", "torchvision", "numpy", "device", "device_name",
                                           "precision", "threads"}
     images = train.load_cifar10(Path("data"))[0].images.double() / 255
@@ -681,8 +902,8 @@ def test_a_run_reports_all_it_should(workplace, capsys):
 def test_the_mirror_image_is_averaged_in(workplace, monkeypatch):
     predict, seen = train.predict, {}
 
-    def remember(learner, images, mirror=False):
-        seen[mirror] = predict(learner, images, mirror)
+    def remember(run, images, mirror=False):
+        seen[mirror] = predict(run, images, mirror)
         return seen[mirror]
     monkeypatch.setattr(train, "predict", remember)
     assert workplace.run("--epochs", 2, *RATES) == 0
@@ -734,6 +955,26 @@ def test_runs_report_each_seed_and_their_statistics(workplace, capsys):
     assert (statistic["min"], statistic["max"]) == (min(accuracies), max(accuracies))
     assert statistic["reached_goal"] == sum(accuracy >= 0.94 for accuracy in accuracies)
     assert f"mean {np.mean(accuracies):.2%}" in capsys.readouterr().out
+    assert statistic["config"]["lr_max"] == 0.01 and statistic["config"]["output"] == "run.json"
+    assert not {"seed", "checkpoint"} & {name for name, value in statistic["config"].items() if value is not None}
+
+
+def test_a_diverged_seed_is_counted_and_the_others_run(workplace, capsys, monkeypatch):
+    train_epoch = train.train_epoch
+
+    def diverge_in_seed_1(run, *arguments):
+        if run.seed == 1:
+            raise train.Diverged(1, 2, 0.5)
+        return train_epoch(run, *arguments)
+    monkeypatch.setattr(train, "train_epoch", diverge_in_seed_1)
+    assert workplace.run("--epochs", 1, "--runs", 3) == 1
+    captured, statistic = capsys.readouterr(), workplace.report()
+    assert statistic["diverged"] == [1] and statistic["runs"] == 3 and statistic["final_test_accuracy"][1] is None
+    accuracies = [workplace.report(f"run-seed{seed}.json")["summary"]["final_test_accuracy"] for seed in (0, 2)]
+    assert statistic["mean"] == pytest.approx(np.mean(accuracies))
+    assert "1 diverged, not in the statistics: seed 1" in captured.out and "error: the loss became NaN" in captured.err
+    assert "lr_max" not in statistic["config"]  # each seed found its own
+    assert workplace.report("run-seed1.json")["summary"]["status"] == "diverged"
 
 
 def test_a_run_decays_by_what_suits_the_rate_it_found(workplace):
@@ -756,21 +997,31 @@ def test_no_epochs_find_the_rates_and_stop(workplace, capsys):
     assert f"{min(statistic['lr_max']):.3g} to {max(statistic['lr_max']):.3g}" in capsys.readouterr().out
 
 
-def test_another_recipe_reaches_the_run_and_ends_with_it(workplace, capsys, monkeypatch):
-    defaults, learners, make_learner = dict(train.RECIPE), [], train.make_learner
-    monkeypatch.setattr(train, "make_learner", lambda *a: learners.append(make_learner(*a)) or learners[-1])
+def test_another_recipe_reaches_the_run(workplace, capsys, monkeypatch):
+    runs, start = [], train.start
+    monkeypatch.setattr(train, "start", lambda *arguments: runs.append(start(*arguments)) or runs[-1])
+    values = {"memory_epochs": "3", "beta1": "0.9,0.8", "beta2": "0.98", "epsilon": "2e-2", "batchnorm_momentum": "0.5",
+              "padding_mode": "constant", "cutout": "4", "padding": "4"}
+    arguments = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    assert workplace.run("--epochs", 1, *arguments, *RATES) == 0
     changed = {"memory_epochs": 3.0, "beta1": (0.9, 0.8), "beta2": 0.98, "epsilon": 0.02, "batchnorm_momentum": 0.5,
                "padding_mode": "constant", "cutout": 4}
-    values = ["3", "0.9,0.8", "0.98", "2e-2", "0.5", "constant", "4"]
-    arguments = [part for name, value in zip(changed, values) for part in ("--set", f"{name}={value}")]
-    assert workplace.run("--epochs", 1, *arguments, *RATES) == 0
-    recipe = workplace.report()["config"]["recipe"]
-    assert recipe == {**json.loads(json.dumps(defaults)), **json.loads(json.dumps(changed))}
-    assert train.RECIPE == defaults
-    for group in learners[0].optimizer.param_groups:
+    assert runs[0].recipe == Recipe(epochs=1, batch_size=50, **changed)
+    for group in runs[0].optimizer.param_groups:
         assert group["eps"] == 0.02 and group["betas"] == (pytest.approx(0.9), 0.98)
-    assert {m.momentum for m in learners[0].model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
-    assert "recipe     cutout 4, not 8" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "recipe     cutout 4, not 8" in screen and "recipe     padding " not in screen
+
+
+def test_weights_may_remember_for_ever(workplace):
+    assert workplace.run("--epochs", 1, "--set", "memory_epochs=inf", *RATES) == 0
+    config = workplace.report()["config"]
+    assert config["weight_decay"] == 0 and config["recipe"]["memory_epochs"] == "inf"  # JSON has no infinity
+
+
+def test_a_default_batch_is_never_larger_than_the_images():
+    for arguments, size in ([], 512), (["--subset", "500"], 500), (["--subset", "600", "--holdout", "300"], 300):
+        assert train.parse_arguments(arguments).recipe.batch_size == size
 
 
 def test_one_rate_alone_is_found_by_the_sweep(workplace):
@@ -808,19 +1059,39 @@ def test_pixels_of_figures_are_the_images_in_their_colours():
     np.testing.assert_allclose(pixels, split.images.permute(0, 2, 3, 1).numpy() / 255, atol=1e-6)
 
 
-def test_status_line_is_for_terminals_and_leaves_nothing(monkeypatch, capsys):
-    for terminal, expected in ((False, ""), (True, "\rlong text\rshort    \r     \r")):
+def test_a_figure_that_cannot_be_drawn_costs_one_line(workplace, capsys, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("no such\nbackend")
+        yield
+    monkeypatch.setattr(train, "draw_figures", fail)
+    assert train.main([*SMALL, "--epochs", "1", "--runs", "2", "--output", "run.json", *RATES]) == 0
+    assert capsys.readouterr().out.count("figures    not drawn: no such backend\n") == 2
+
+
+def test_the_time_that_the_sweep_took_is_shown_beside_the_times_without_it(capsys):
+    train.print_summary({"epochs": [1], "data": {"evaluated_on": "test images"}, "summary": {
+        "final_test_accuracy": 0.95, "tta_test_accuracy": 0.96, "train_seconds": 100.0, "total_seconds": 150.0,
+        "sweep_seconds": 12.5, "epochs_to": {"0.90": 3, "0.94": None}, "seconds_to": {"0.90": 30.0, "0.94": None}}})
+    screen = capsys.readouterr().out
+    assert "time       100.0 s of training, 12.5 s of sweep, 150.0 s in all\n" in screen
+    assert "to 90%     epoch 3, 30.0 s after 12.5 s of sweep\n" in screen and "94%" not in screen
+
+
+def test_status_line_fits_its_terminal_and_is_for_terminals_alone(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setattr(train, "STATUS_SECONDS", 0)
+    run = SimpleNamespace(recipe=Recipe(epochs=3), epoch=1)
+    for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        status = train.StatusLine()
-        status.show("long text")
-        status.show("short")
-        status.clear()
-        assert capsys.readouterr().out == expected
+        on_step = train.status_line(run)
+        on_step(1, 10, 0.1, torch.tensor(1.0))
+        on_step(2, 10, 0.1, torch.tensor(2.0))
+        train.overwrite("")
+        shown = capsys.readouterr().out
+        assert shown == ("" if not terminal else f"\r{'epoch 2/3  step 2/10  learning rate'[:29]}\r\r{'':<29}\r")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Precision
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Precision -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("capabilities, expected", [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
                                                     ({"avx512_bf16": False, "avx2": True}, "fp32"), ({}, "fp32")])
@@ -840,52 +1111,58 @@ def test_precision_of_other_devices(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_steps_in_low_precision_go_as_in_full(precision):
-    split = random_split(8)
-    mean, std = train.channel_statistics(split.images)
     losses = {}
     for name in ("fp32", precision):
-        learner = train.make_learner(0, "cpu", name)
-        prepared = train.prepare(split, mean, std, "cpu", learner.dtype)
-        train.set_rates(learner.optimizer, 1e-3, 0.9)
-        losses[name] = [train.train_step(learner, *prepared)[0].item() for _ in range(4)]
-        assert all(parameter.dtype == torch.float32 for parameter in learner.model.parameters())
+        run = small_run(precision=name)
+        assert run.train.images.dtype == run.dtype
+        losses[name] = [one_step(run, *run.test)[0].item() for _ in range(4)]
+        assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp32"][-1] < losses["fp32"][0]
 
 
 def test_fp16_skips_a_step_whose_gradients_overflow():
-    learner = train.make_learner(0, "cpu", "fp16")
-    split = random_split(8)
-    prepared = train.prepare(split, *train.channel_statistics(split.images), "cpu", torch.float16)
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
-    before = learner.model.head.weight.clone()
-    train.train_step(learner, *prepared)
-    assert torch.equal(learner.model.head.weight, before) and learner.scaler.get_scale() < 2.0 ** 40
+    run = small_run(precision="fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    before = run.model.head.weight.clone()
+    one_step(run, *run.test)
+    assert torch.equal(run.model.head.weight, before) and run.scaler.get_scale() < 2.0 ** 40
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# When things go wrong
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_precision_that_a_cpu_only_emulates_is_called_slow(monkeypatch, capsys):
+    config = train.parse_arguments(["--device", "cpu", "--precision", "fp16", "--output", "run.json"])
+    report = train.new_report(config, small_run(), "test images")
+    train.print_heading(report)
+    assert "this CPU has no instructions for fp16" in capsys.readouterr().out
+    report["environment"]["precision"] = "fp32"
+    train.print_heading(report)
+    assert "slow" not in capsys.readouterr().out
+
+
+# ---- When things go wrong --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--epochs", "-3"], "--epochs: -3 is too small"),
-    (["--epochs", "many"], "--epochs: 'many' is not a whole number"),
-    (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number"),
-    (["--batch-size", "50001"], "--batch-size 50001 is above the 50000 training images"),
+    (["--epochs", "-3"], "--epochs: '-3' is no whole number in [0, 100000]"),
+    (["--epochs", "1000000000"], "--epochs: '1000000000' is no whole number in [0, 100000]"),
+    (["--epochs", "many"], "--epochs: 'many' is no whole number"),
+    (["--batch-size", "2.5"], "--batch-size: '2.5' is no whole number in [2, 50000]"),
     (["--batch-size", "512", "--subset", "100"], "--batch-size 512 is above the 100 training images"),
-    (["--subset", "50001"], "--subset: 50001 is too large"),
-    (["--lr-max", "0"], "--lr-max: 0 is not a learning rate"),
-    (["--lr-max", "nan"], "--lr-max: nan is not a learning rate"),
-    (["--lr-max", "high"], "--lr-max: 'high' is not a number"),
+    (["--subset", "50001"], "--subset: '50001' is no whole number in [5, 50000]"),
+    (["--lr-max", "0"], "--lr-max: '0' is no number in (0, inf)"),
+    (["--lr-max", "nan"], "--lr-max: 'nan' is no number in (0, inf)"),
+    (["--lr-max", "high"], "--lr-max: 'high' is no number in (0, inf)"),
     (["--lr-min", "0.1", "--lr-max", "0.01"], "--lr-min 0.1 is above --lr-max 0.01"),
     (["--holdout", "50000"], "--holdout 50000 leaves nothing to train on"),
     (["--subset", "1000", "--holdout", "1000"], "--holdout 1000 leaves nothing to train on"),
     (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
-    (["--seed", "-1"], "--seed: -1 is too small"),
-    (["--runs", "0"], "--runs: 0 is too small"),
+    (["--seed", "-1"], "--seed: '-1' is no whole number"),
+    (["--runs", "0"], "--runs: '0' is no whole number in [1, inf)"),
+    (["--output", "same", "--checkpoint", "./same"], "name the same file twice"),
     (["--set", "beta3=0.5"], "--set: 'beta3' is no constant of the recipe; there are peak_fraction, beta1"),
+    (["--set", "epochs=5"], "--set: 'epochs' is no constant of the recipe"),
     (["--set", "beta2"], "--set: '' is no value for beta2, which is 0.999"),
     (["--set", "cutout=8.5"], "--set: '8.5' is no value for cutout, which is 8"),
-    (["--set", "beta1=0.9"], "--set: '0.9' is no value for beta1, which is (0.95, 0.85)")])
+    (["--set", "cutout=40"], "--set: cutout is 40: a whole number in [0, 31] is needed"),
+    (["--set", "beta1=0.9"], "--set: beta1 is (0.9,): a pair of numbers in [0, 1) is needed")])
 def test_options_without_sense_end_with_usage_and_one_sentence(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
@@ -920,7 +1197,6 @@ def test_no_data_and_no_network(workplace, tmp_path):
 
 
 def test_data_laid_down_by_hand_as_an_archive(workplace, tmp_path, monkeypatch):
-    import tarfile
     archive = tmp_path / "by-hand" / CIFAR10.filename
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
@@ -959,14 +1235,35 @@ def test_an_altered_archive_is_named_and_not_unpacked(tmp_path):
     assert str(archive) in str(error.value) and os.listdir(tmp_path) == [archive.name]
 
 
-def test_ctrl_c_keeps_the_epochs_so_far(workplace):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_stop_keeps_the_epochs_so_far(workplace, number, code):
     process = workplace.start("--epochs", 500, "--output", "run.json", *RATES)
     wait_for_epoch(workplace, process, 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and err == "\ninterrupted\n"
     report = workplace.report()
     assert report["summary"]["status"] == "interrupted" and len(report["epochs"]) >= 2
+
+
+def test_output_that_nobody_reads_ends_the_run_in_one_sentence(workplace):
+    process = workplace.start("--epochs", 500, "--output", "run.json", *RATES)
+    wait_for_epoch(workplace, process, 1)
+    process.stdout.close()
+    assert process.wait(60) == 1
+    err = process.stderr.read()
+    assert err.startswith("error: nobody reads the output") and len(err.splitlines()) == 1
+    assert workplace.report()["summary"]["status"] == "interrupted"
+
+
+def test_without_standard_output_or_in_ascii_it_runs(workplace):
+    arguments = [sys.executable, str(workplace.launcher), *SMALL, "--no-figures", "--epochs", "1", *RATES]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments, "--output", "run.json"],
+                            cwd=workplace.folder, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "") and workplace.report()["summary"]["status"] == "complete"
+    process = workplace.start("--epochs", 1, "--output", "zürich.json", *RATES, PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "") and "z\\xfcrich.json" in out
 
 
 def wait_for_epoch(workplace, process, epoch):
@@ -995,29 +1292,20 @@ def test_sigkill_leaves_whole_files_and_the_run_goes_on(workplace):
     assert metrics(resumed)[0] == metrics(workplace.report())[0] and len(resumed["epochs"]) == 6
 
 
-def test_a_place_that_cannot_be_written_is_named_before_training(workplace, capsys, monkeypatch):
-    Path("file").write_text("")
-    monkeypatch.setattr(train, "train_once", lambda *arguments: pytest.fail("it trained"))
-    for arguments in (["--output", "file/run.json"], ["--output", "data"], ["--checkpoint", "file/run.pt"]):
-        assert workplace.run("--epochs", 1, *arguments) == 1
-        assert f"cannot write {arguments[1]}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-                                   RuntimeError("MPS backend out of memory")])
+                                   RuntimeError("MPS backend out of memory"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_suggests_a_smaller_batch(workplace, capsys, monkeypatch, error):
     def fail(*arguments):
         raise error
-    monkeypatch.setattr(train, "train_step", fail)
+    monkeypatch.setattr(train, "take_steps", fail)
     assert workplace.run("--epochs", 1, *RATES) == 1
     message = capsys.readouterr().err.strip()
     assert len(message.splitlines()) == 1 and "out of memory" in message and "smaller --batch-size" in message
     assert workplace.report()["summary"]["status"] == "interrupted"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The notebook and the help
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The notebook and the help ---------------------------------------------------------------------------------------
 
 def test_pasted_into_a_notebook_cell_it_runs_with_the_defaults(workplace):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -1052,139 +1340,48 @@ def test_help_names_every_default(capsys):
     for name, default in (("epochs", 24), ("batch-size", 512), ("lr-max", "found by the sweep"), ("seed", 0),
                           ("lr-min", "found by the sweep"), ("runs", 1), ("subset", "all"), ("holdout", 0),
                           ("data-dir", "data"), ("device", "auto"), ("precision", "auto"), ("checkpoint", "off"),
-                          ("set", "RECIPE as it stands"),
+                          ("set", "the recipe as it stands"), ("weights", "off"),
                           ("output", "a new file in results/"), ("no-figures", "figures too, with matplotlib")):
         described = screen[screen.rindex(f" --{name} "):]
         assert described[described.index("(default: "):].startswith(f"(default: {default})"), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The README
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- What is written about it ----------------------------------------------------------------------------------------
 
 README = (SCRIPT.parent / "README.md").read_text()
 
 
-def linked_reports(text):
-    """Return the content of every JSON file in results/ that the text links to."""
-    return [json.loads((SCRIPT.parent / name).read_text()) for name in re.findall(r"\]\((results/[^)]*\.json)\)", text)]
+def test_the_tables_are_those_of_the_reports():
+    assert (SCRIPT.parent / "results" / "README.md").read_text() == tables.readme(), "run python results/tables.py"
 
 
-def readme_rows(kind):
-    """Return, for each table row of the README that links to reports of a kind, its cells by column name, and those.
-
-    The kinds are "run", "statistics" (of several runs), "sweeps" (several, without training) and "ablation" (runs of
-    other recipes, in a table with a column "changed"). There is at least one row of a kind.
-    """
-    found = []
-    for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
-        columns, _, *rows = ([cell.strip(" *") for cell in line.split("|")] for line in table.splitlines())
-        for line, row in zip(table.splitlines()[2:], rows):
-            reports = linked_reports(line)
-            kinds = {"run" if "summary" in report else "statistics" if "mean" in report else "sweeps"
-                     for report in reports}
-            assert len(kinds) <= 1
-            if kinds and "changed" in columns:
-                assert kinds == {"run"}
-                kinds = {"ablation"}
-            if kinds == {kind}:
-                found.append((dict(zip(columns, row, strict=True)), reports))
-    assert found
-    return found
+@pytest.mark.parametrize("quote", tables.quotes())
+def test_the_readme_quotes_the_reports(quote):
+    assert tables.quotes()[quote] in README
 
 
-def assert_alike(reports, *settings):
-    """Assert that all reports were made with the same value of each setting."""
-    for setting in settings:
-        assert all(report["config"][setting] == reports[0]["config"][setting] for report in reports), setting
+def test_reports_of_one_table_may_not_differ_in_what_it_does_not_show():
+    reports = list(tables.load("default").values())
+    reports[1]["config"]["batch_size"] = 128
+    with pytest.raises(ValueError, match="batch_size"):
+        tables.check_alike(reports, "epochs", "batch_size")
 
 
-def test_the_readme_quotes_its_runs():
-    for cells, (report,) in readme_rows("run"):
-        config, summary = report["config"], report["summary"]
-        expected = {
-            "epochs": str(config["epochs"]), "seed": str(config["seed"]),
-            "precision": report["environment"]["precision"],
-            "training, s": f"{summary['train_seconds']:,.0f}", "whole run, s": f"{summary['total_seconds']:,.0f}",
-            "held-out accuracy" if config["holdout"] else "accuracy": f"{summary['final_test_accuracy']:.2%}",
-            "with mirror image": f"{summary['tta_test_accuracy']:.2%}",
-            "90% / 94% at epoch": " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values())}
-        assert expected.items() <= cells.items()
-        for name, value in map(train.recipe_constant, re.findall(r"--set ([^\s`]+)", cells.get("what", ""))):
-            assert config["recipe"][name] == value
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_every_file_that_is_shown_is_there(name):
+    shown = re.findall(r"\]\(((?!http)[^)]+)\)", (SCRIPT.parent / name).read_text())
+    assert shown and all((SCRIPT.parent / name).with_name("").joinpath(path).exists() for path in shown)
 
 
-def test_the_readme_quotes_its_grid():
-    for cells, (report,) in readme_rows("statistics"):
-        config, accuracies = report["config"], report["final_test_accuracy"]
-        assert len(set(report["seed"])) == report["runs"] == len(accuracies) > 1
-        assert config["holdout"] and set(report["lr_max"]) == {config["lr_max"]}
-        expected = {
-            "LRMAX": f"{config['lr_max']:g}", "epochs": str(config["epochs"]), "runs": str(report["runs"]),
-            "precision": report["environment"]["precision"], "held-out accuracy, mean": f"{report['mean']:.2%}",
-            "standard deviation": f"{report['std']:.2%}",
-            "of each seed": ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)}
-        assert expected.items() <= cells.items()
-
-
-def test_the_readme_quotes_its_ablations():
-    recipe = json.loads((SCRIPT.parent / "results" / "grid" / "lr-max-0.06.json").read_text())
-    for cells, reports in readme_rows("ablation"):
-        name, value = train.recipe_constant(re.fullmatch(r"`--set (\S+)`", cells["changed"])[1])
-        changed = json.loads(json.dumps({name: value}))  # a pair is a list in the report
-        assert changed[name] != recipe["config"]["recipe"][name]
-        accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
-        mean = statistics.fmean(accuracies)
-        assert len({report["config"]["seed"] for report in reports}) == len(reports)
-        assert_alike([recipe, *reports], "epochs", "batch_size", "holdout", "subset", "precision")
-        for report in reports:
-            assert report["config"]["recipe"] == recipe["config"]["recipe"] | changed
-            if not report["lr_sweep"]:
-                assert_alike([recipe, report], "lr_max", "lr_min")
-        expected = {
-            "LRMAX": ", ".join(f"{report['config']['lr_max']:.3g}{' found' if report['lr_sweep'] else ''}"
-                               for report in reports),
-            "epochs": str(recipe["config"]["epochs"]), "precision": recipe["config"]["precision"],
-            "runs": str(len(reports)), "held-out accuracy, mean": f"{mean:.2%}",
-            "of each seed": ", ".join(f"{accuracy:.2%}" for accuracy in accuracies),
-            "the recipe's is better by": f"{100 * (recipe['mean'] - mean):.2f}"}
-        assert expected.items() <= cells.items()
-
-
-def test_the_readme_quotes_its_sweeps():
-    prose = re.search(r"LRMAX stays within a factor of (\S+) and LRMIN within one of (\S+),.*\bat most\s+(\d+)% apart",
-                      README, re.DOTALL)
-    lr_max_factor, lr_min_factor, apart = map(float, prose.groups())
-    found = {}  # LRMAX in either precision, a pair, by batch size and seed
-    for cells, reports in readme_rows("sweeps"):
-        first = reports[0]
-        seeds, lr_max, lr_min = (sum((report[name] for report in reports), []) for name in ("seed", "lr_max", "lr_min"))
-        assert max(lr_max) / min(lr_max) <= lr_max_factor and max(lr_min) / min(lr_min) <= lr_min_factor
-        for seed, rate in zip(seeds, lr_max, strict=True):
-            found.setdefault((first["config"]["batch_size"], seed), []).append(rate)
-        assert len(set(seeds)) == sum(report["runs"] for report in reports) > 1
-        assert_alike(reports, "batch_size", "epochs", "holdout", "subset", "precision", "recipe")
-        expected = {
-            "batch": str(first["config"]["batch_size"]), "precision": first["environment"]["precision"],
-            "runs": str(len(seeds)), "LRMAX": f"{min(lr_max):.3g} to {max(lr_max):.3g}",
-            "LRMIN": f"{min(lr_min):.3g} to {max(lr_min):.3g}",
-            "largest / smallest": f"{max(lr_max) / min(lr_max):.2f}"}
-        assert expected.items() <= cells.items()
-    assert max(max(pair) / min(pair) for pair in found.values()) <= 1 + apart / 100
-    assert f"in {sum(bf16 == fp32 for bf16, fp32 in found.values())} of the {len(found)} pairs" in README
-
-
-def test_the_readme_quotes_its_statistics():
-    quoted = 0
-    for paragraph in README.split("\n\n"):
-        for report in linked_reports(paragraph):
-            if "mean" in report:  # of several runs
-                assert f"{report['mean']:.2%}" in paragraph and f"{report['std']:.2%}" in paragraph
-                assert all(f"{accuracy:.2%}" in paragraph for accuracy in report["final_test_accuracy"])
-                quoted += 1
-    assert quoted >= 1
-
-
-def test_every_file_that_the_readme_shows_is_there():
-    shown = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert shown and all((SCRIPT.parent / name).exists() for name in shown)
+def test_the_experiments_of_the_readme_run(workplace, capsys):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    small = snippets[0].replace("epochs=10", "epochs=2, batch_size=50")
+    assert small != snippets[0]
+    names = {}
+    exec(small, names)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
+    assert workplace.run("--epochs", 1, "--weights", "weights.pt", *RATES) == 0
+    capsys.readouterr()
+    exec(snippets[1], names)
+    assert len(re.findall("airplane|automobile|bird|cat|deer|dog|frog|horse|ship|truck", capsys.readouterr().out)) == 8
