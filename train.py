@@ -398,10 +398,8 @@ def start(recipe, training, test, seed=0, device="auto", precision="auto"):
     """Return a Run that has not trained yet, with the same weights on every device for the same seed.
 
     `training` and `test` are Splits of uint8 images (N, 3, 32, 32). `device` is cuda, mps or cpu, `precision` fp32,
-    bf16 or fp16; auto takes the fastest there is. Raises ValueError where a batch has more images than there are.
+    bf16 or fp16; auto takes the fastest there is. Where there are fewer images than a batch has, all are one batch.
     """
-    if recipe.batch_size > len(training.labels):
-        raise ValueError(f"batch_size is {recipe.batch_size}: above the {len(training.labels)} training images")
     device = choose_device() if device == "auto" else device
     dtype = DTYPES[choose_precision(device) if precision == "auto" else precision]
     make_fast(device)
@@ -603,51 +601,43 @@ def evaluate(run):
             "test_seconds": time.perf_counter() - started}
 
 
-def train_epoch(run, schedule, on_step=None):
-    """Train for the next epoch at the (learning rate, first beta) that `schedule` has for each step.
-
-    Returns `train_loss` and `train_accuracy`, means over the augmented images, `train_seconds` and `images_per_second`.
-    Raises Diverged where the loss is not finite: at that step on a CPU, after the epoch on a GPU, because asking for
-    every loss would keep it waiting.
-    """
-    epoch, images, labels = run.epoch + 1, len(run.train.labels), run.train.labels
-    losses, correct = [], 0
-    started = time.perf_counter()
-    batches = augmented_batches(run.recipe, run.train, run.seed, epoch)
-    for loss, right in take_steps(run, batches, schedule):
-        losses.append(loss)
-        correct += right
-        if on_step:
-            on_step(len(losses), len(schedule), schedule[len(losses) - 1][0], loss)
-        if run.device == "cpu" and not loss.isfinite():
-            break
-    losses = torch.stack(losses).cpu().double()
-    seconds = time.perf_counter() - started  # reading the losses waited for the device
-    for step, loss in enumerate(losses.tolist()):
-        if not math.isfinite(loss):
-            raise Diverged(epoch, step + 1, schedule[step][0])
-    sizes = torch.tensor([len(batch) for batch in labels.split(run.recipe.batch_size)], dtype=torch.double)
-    return {"train_loss": (losses @ sizes).item() / images, "train_accuracy": correct.item() / images,
-            "train_seconds": seconds, "images_per_second": images / seconds}
-
-
 def epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe. Yields a row after each epoch: a dictionary of what it learned and took.
 
-    Its `elapsed_seconds` are those of `run.seconds`. A run that has trained some epochs already goes on after them.
+    `train_loss` and `train_accuracy` are means over the augmented images, `lr` is the last step's, `elapsed_seconds`
+    are those of `run.seconds`. A run that has trained some epochs already goes on after them.
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a tensor, stalls a GPU.
-    Raises Diverged where a loss is NaN or infinite.
+    Raises Diverged where a loss is NaN or infinite: at that step on a CPU, after the epoch on a GPU, because asking for
+    every loss would keep it waiting.
     """
-    run.optimizer.param_groups[0]["weight_decay"] = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    while run.epoch < run.recipe.epochs:
-        schedule = plan_epoch(run.recipe, rates, run.epoch + 1, run.steps_per_epoch)
-        trained = train_epoch(run, schedule, on_step)
+    recipe, images, steps = run.recipe, len(run.train.labels), run.steps_per_epoch
+    sizes = torch.tensor([len(batch) for batch in run.train.labels.split(recipe.batch_size)], dtype=torch.double)
+    run.optimizer.param_groups[0]["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
+    while run.epoch < recipe.epochs:
+        epoch = run.epoch + 1
+        schedule = plan_epoch(recipe, rates, epoch, steps)
+        losses, correct = [], 0
+        started = time.perf_counter()
+        for loss, right in take_steps(run, augmented_batches(recipe, run.train, run.seed, epoch), schedule):
+            losses.append(loss)
+            correct += right
+            if on_step:
+                on_step(len(losses), steps, schedule[len(losses) - 1][0], loss)
+            if run.device == "cpu" and not loss.isfinite():
+                break
+        losses = torch.stack(losses).cpu().double()
+        seconds = time.perf_counter() - started  # reading the losses waited for the device
+        for step, loss in enumerate(losses.tolist()):
+            if not math.isfinite(loss):
+                raise Diverged(epoch, step + 1, schedule[step][0])
         evaluated = evaluate(run)
         if not math.isfinite(evaluated["test_loss"]):
-            raise Diverged(run.epoch + 1, len(schedule), schedule[-1][0])
-        run.epoch += 1
-        run.seconds += trained["train_seconds"]
-        yield {"epoch": run.epoch, "lr": schedule[-1][0], **trained, **evaluated, "elapsed_seconds": run.seconds}
+            raise Diverged(epoch, steps, schedule[-1][0])
+        run.epoch, run.seconds = epoch, run.seconds + seconds
+        yield {"epoch": epoch, "lr": schedule[-1][0],
+               "train_loss": (losses @ sizes).item() / images, "train_accuracy": correct.item() / images,
+               "train_seconds": seconds, "images_per_second": images / seconds,
+               **evaluated, "elapsed_seconds": run.seconds}
 
 
 # ==== THE PROGRAM =====================================================================================================
@@ -655,6 +645,8 @@ def epochs(run, rates, on_step=None):
 MILESTONES = (0.90, 0.94)  # test accuracies whose time is reported; the last is the goal
 TRAIN_IMAGES = 50_000  # in CIFAR-10
 STATUS_SECONDS = 1.0  # how often a terminal's status line asks for the loss, for which a GPU has to wait
+# The constants of the recipe that have no option of their own, with their defaults.
+CONSTANTS = {name: value for name, value in vars(Recipe()).items() if name not in ("epochs", "batch_size")}
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
@@ -671,17 +663,12 @@ def number(kind, interval):
     return parse
 
 
-def constants():
-    """Return the constants of the recipe that have no option of their own, with their defaults."""
-    return {name: value for name, value in dataclasses.asdict(Recipe()).items() if name not in ("epochs", "batch_size")}
-
-
 def recipe_constant(text):
     """Parse NAME=VALUE into the name of a constant of the recipe and a value of its type; an argparse type."""
     name, _, value = text.partition("=")
-    default = constants().get(name)
+    default = CONSTANTS.get(name)
     if default is None:
-        raise argparse.ArgumentTypeError(f"{name!r} is no constant of the recipe; there are {', '.join(constants())}")
+        raise argparse.ArgumentTypeError(f"{name!r} is no constant of the recipe; there are {', '.join(CONSTANTS)}")
     try:
         return name, tuple(map(float, value.split(","))) if isinstance(default, tuple) else type(default)(value)
     except ValueError:
@@ -746,7 +733,7 @@ def parse_arguments(argv=None):
         parser.error("--precision fp16 needs gradient scaling, which fails on some Apple GPUs; try --precision fp32")
     if config.precision == "auto":
         config.precision = choose_precision(config.device)
-    files = [path.resolve() for path in (config.output, config.checkpoint, config.weights) if path]
+    files = [os.path.realpath(path) for path in (config.output, config.checkpoint, config.weights) if path]
     if len(set(files)) < len(files):
         parser.error("--output, --checkpoint and --weights name the same file twice: each needs its own")
     return config
@@ -762,11 +749,6 @@ def describe(config):
               for name, value in dataclasses.asdict(config.recipe).items()}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
     return {"epochs": recipe.pop("epochs"), "batch_size": recipe.pop("batch_size"), **values, "recipe": recipe}
-
-
-def name_for_seed(path, seed, runs):
-    """Return the path of one run's file: with the seed in its name where there are several runs."""
-    return path.with_name(f"{path.stem}-seed{seed}{path.suffix}") if path and runs > 1 else path
 
 
 def select_images(config, training, test):
@@ -798,27 +780,27 @@ def check_writable(path):
         raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
 
 
-def replace_file(path, write):
-    """Let `write(temporary path)` make a file and move it to `path` at once: a reader never sees half of it."""
+def replace_file(path, content):
+    """Write bytes to `path` so that the file is whole at every moment: a reader never sees half of it."""
     target = check_writable(path)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-", suffix=".tmp") as folder:
-            write(Path(folder) / target.name)
+            (Path(folder) / target.name).write_bytes(content)
             (Path(folder) / target.name).replace(target)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
 
 
 def write_json(path, content):
-    """Write strict JSON (no NaN) so that the file at `path` is whole at every moment."""
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+    """Write strict JSON (no NaN)."""
+    replace_file(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_tensors(path, content):
-    """Write what `torch.load` reads so that the file at `path` is whole at every moment."""
+    """Write what `torch.load` reads."""
     buffer = io.BytesIO()  # torch.save into a file would say of a full disk "unexpected pos"
     torch.save(content, buffer)
-    replace_file(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    replace_file(path, buffer.getbuffer())
 
 
 def save_weights(path, run, classes):
@@ -838,23 +820,18 @@ def load_weights(path, device="cpu"):
     return model.eval().requires_grad_(False), saved["mean"], saved["std"], saved["classes"]
 
 
-def describe_environment(device, precision):
-    """Return the versions and the hardware of a run, as a dictionary."""
-    if device == "cuda":
+def new_report(config, run, evaluated_on):
+    """Return the report of a run that has not trained."""
+    if config.device == "cuda":
         device_name = torch.cuda.get_device_name()
     else:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         device_name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": np.__version__}
-    return {**{name: str(version) for name, version in versions.items()},  # PyTorch's is no plain string
-            "device": device, "device_name": device_name, "precision": precision, "threads": torch.get_num_threads()}
-
-
-def new_report(config, run, evaluated_on):
-    """Return the report of a run that has not trained."""
     return {"config": {**describe(config), "peak_epoch": run.recipe.peak_fraction * run.recipe.epochs},
-            "environment": describe_environment(config.device, config.precision),
+            "environment": {"python": platform.python_version(), "torch": str(torch.__version__),
+                            "torchvision": torchvision.__version__, "numpy": np.__version__,
+                            "device": config.device, "device_name": device_name, "precision": config.precision,
+                            "threads": torch.get_num_threads()},
             "data": {"train_images": len(run.train.labels), "test_images": len(run.test.labels),
                      "mean": run.mean.tolist(), "std": run.std.tolist(), "evaluated_on": evaluated_on},
             "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
@@ -875,11 +852,6 @@ def summarise(report, status):
         train_seconds=sum(row["train_seconds"] for row in rows),
         seconds_to={goal: row and row["elapsed_seconds"] for goal, row in first.items()},
         epochs_to={goal: row and row["epoch"] for goal, row in first.items()})
-
-
-def save_checkpoint(config, run, report):
-    """Write all that a run needs to go on."""
-    write_tensors(config.checkpoint, {"config": describe(config), "run": run.state(), "report": report})
 
 
 def load_checkpoint(config, run, report):
@@ -956,20 +928,21 @@ def print_heading(report):
               f"as --precision fp32", flush=True)
 
 
-HEADINGS = ("epoch", "lr", "train loss", "train acc", "test loss", "test acc", "train s", "test s", "images/s",
-            "total s")
+# The columns of the table on the screen: what they show of an epoch's row, their heading and format.
+COLUMNS = (("epoch", "epoch", "d"), ("lr", "lr", ".5f"), ("train_loss", "train loss", ".4f"),
+           ("train_accuracy", "train acc", ".2%"), ("test_loss", "test loss", ".4f"),
+           ("test_accuracy", "test acc", ".2%"), ("train_seconds", "train s", ".1f"),
+           ("test_seconds", "test s", ".1f"), ("images_per_second", "images/s", ",.0f"),
+           ("elapsed_seconds", "total s", ".1f"))
 
 
 def format_row(row):
-    """Return one epoch as a line under HEADINGS, each column as wide as its heading or 7 characters."""
-    cells = (f"{row['epoch']}", f"{row['lr']:.5f}", f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2%}",
-             f"{row['test_loss']:.4f}", f"{row['test_accuracy']:.2%}", f"{row['train_seconds']:.1f}",
-             f"{row['test_seconds']:.1f}", f"{row['images_per_second']:,.0f}", f"{row['elapsed_seconds']:.1f}")
-    return "  ".join(cell.rjust(max(7, len(heading))) for cell, heading in zip(cells, HEADINGS))
+    """Return one epoch as a line of the table, each column as wide as its heading or 7 characters."""
+    return "  ".join(format(row[name], layout).rjust(max(7, len(heading))) for name, heading, layout in COLUMNS)
 
 
 def print_table_head(report):
-    """Print the rates that training takes, HEADINGS, and the epochs that a checkpoint brought."""
+    """Print the rates that training takes, the table's headings, and the epochs that a checkpoint brought."""
     config, sweep = report["config"], report["lr_sweep"]
     overwrite("")
     if sweep:
@@ -980,7 +953,7 @@ def print_table_head(report):
           f"weight decay {config['weight_decay']:.3g}", flush=True)
     if config["epochs"]:
         print("total s    is preprocessing and training, without the sweep and the evaluations")
-        print("  ".join(heading.rjust(7) for heading in HEADINGS))
+        print("  ".join(heading.rjust(7) for _, heading, _ in COLUMNS))
         print("".join(f"{format_row(row)}\n" for row in report["epochs"]), end="", flush=True)
 
 
@@ -1096,7 +1069,9 @@ def save_figures(output, report, run, classes):
     try:
         for name, figure in draw_figures(report, run, classes):
             path = output.with_name(f"{output.stem}-{name}.png")
-            replace_file(path, figure.savefig)
+            drawn = io.BytesIO()
+            figure.savefig(drawn)
+            replace_file(path, drawn.getbuffer())
             print(f"figure     {path}", flush=True)
             if in_notebook():
                 from IPython.display import Image, display
@@ -1140,28 +1115,26 @@ def train_once(config, data, output):
         begun -= summary["total_seconds"]
     report["config"]["output"] = str(output)
 
-    def save(status):
+    def save(status, checkpoint=False):
         summary["total_seconds"] = time.perf_counter() - begun
         summarise(report, status)
         write_json(output, report)
+        if checkpoint and config.checkpoint:
+            write_tensors(config.checkpoint, {"config": describe(config), "run": run.state(), "report": report})
 
     save("running")
     print_heading(report)
     try:
         if not resumed:
             choose_rates(config, run, report)
-            save("running")
-            if config.checkpoint:
-                save_checkpoint(config, run, report)
+            save("running", checkpoint=True)
         print_table_head(report)
         rates = Rates(report["config"]["lr_min"], report["config"]["lr_max"])
         for row in epochs(run, rates, status_line(run)):
             report["epochs"].append(row)
             overwrite("")
             print(format_row(row), flush=True)
-            save("running")
-            if config.checkpoint:
-                save_checkpoint(config, run, report)
+            save("running", checkpoint=True)
         if report["epochs"]:
             both_views = predict(run, run.test.images) + predict(run, run.test.images, mirror=True)
             summary["tta_test_accuracy"] = accuracy(both_views, run.test.labels)
@@ -1221,15 +1194,16 @@ def run_seeds(config):
     output = config.output or Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{config.device}.json"
     for path in filter(None, [output, config.checkpoint, config.weights]):
         check_writable(path)
-    for name, default in constants().items():
+    for name, default in CONSTANTS.items():
         if getattr(config.recipe, name) != default:
             print(f"recipe     {name} {getattr(config.recipe, name)}, not {default}")
     data = load_cifar10(config.data_dir)
     reports = []
     for seed in range(config.seed, config.seed + config.runs):
-        files = {name: name_for_seed(getattr(config, name), seed, config.runs) for name in ("checkpoint", "weights")}
-        seed_config = argparse.Namespace(**{**vars(config), **files, "seed": seed})
-        reports.append(train_once(seed_config, data, name_for_seed(output, seed, config.runs)))
+        def own(path):  # each of several runs has files of its own, with the seed in their names
+            return path.with_name(f"{path.stem}-seed{seed}{path.suffix}") if path and config.runs > 1 else path
+        files = {"checkpoint": own(config.checkpoint), "weights": own(config.weights)}
+        reports.append(train_once(argparse.Namespace(**{**vars(config), **files, "seed": seed}), data, own(output)))
     if config.runs > 1:
         report_runs(reports, output)
     return int(any(report["summary"]["status"] == "diverged" for report in reports))

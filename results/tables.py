@@ -2,8 +2,8 @@
 
     python results/tables.py
 
-A folder is a study, a report in it is one run, as `train.py --output` writes it. A test says that README.md is what this
-script makes of the reports.
+A folder is a study, a report in it is one run, as `train.py --output` writes it. A test says that README.md is what
+this script makes of the reports.
 """
 
 import json
@@ -36,9 +36,9 @@ For tuning: trained on 45,000 training images, evaluated on the other 5,000 (`--
 
 {holdout}
 
-The run without the initialisation is of a version of the script that had neither the whitening nor the identity at the
-start. The recipe's own two runs have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less apart
-than two seeds of one recipe are, so too close to call.
+The run without the initialisation is of a version of the script that had neither the whitening nor the identity at
+the start. The recipe's own two runs have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less
+apart than two seeds of one recipe are, so too close to call.
 
 ## Ablations
 
@@ -48,7 +48,7 @@ recipe at LRMAX 0.06 in the grid below.
 {ablations}
 
 Two seeds of one row, here and in the grid, differ by {smallest_gap} to {largest_gap} points: a row of one run tells
-only large differences. Without the logit scale the sweep finds a rate that is too low, so that row tells little of the scale.
+only large differences. Without the logit scale the sweep finds a rate that is too low, so that row tells little of it.
 
 ## Grid around the rates found
 
@@ -152,8 +152,9 @@ def short_runs(reports, default, reference):
     rows = []
     for (changed, _), group in groups(reports, what_varies(default)).items():
         runs = list(group.values())
-        rows.append([changed, ", ".join(map(rate, runs)) if runs[0]["lr_sweep"] else rate(runs[0]), len(runs), f"{mean(runs):.2%}", spread(runs),
-                     of_each_seed(group), f"{100 * (mean(reference) - mean(runs)):.2f}"])
+        rates = ", ".join(map(rate, runs)) if runs[0]["lr_sweep"] else rate(runs[0])
+        rows.append([changed, rates, len(runs), f"{mean(runs):.2%}", spread(runs), of_each_seed(group),
+                     f"{100 * (mean(reference) - mean(runs)):.2f}"])
     return table(["changed", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "behind, points"], rows)
 
 
