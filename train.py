@@ -54,12 +54,17 @@ def constant(default, allowed):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The constants of a run. `Recipe(label_smoothing=0.1)` changes one; a value without sense raises ValueError."""
+    """The constants of a run: `Recipe()` is the tuned recipe, `RECIPES["plain"]` the one that was handed out.
+
+    `Recipe(label_smoothing=0.1)` changes a constant; a value without sense raises ValueError.
+    """
 
     epochs: int = constant(24, "[0, 100000]")
     batch_size: int = constant(512, "[2, 50000]")
     # One-cycle: the rate rises linearly from LRMIN to LRMAX over this fraction of the run, then falls back to LRMIN.
     peak_fraction: float = constant(5 / 24, "(0, 1)")
+    # The rate ends at LRMIN over this: 1 is no annihilation.
+    annihilation: float = constant(1.0, "[1, inf)")
     # Adam's first beta moves against the rate: outer value at LRMIN, inner value at LRMAX.
     beta1: tuple = constant((0.95, 0.85), "[0, 1)")
     beta2: float = constant(0.999, "[0, 1)")
@@ -70,19 +75,24 @@ class Recipe:
     # is how long they remember: at LRMAX, decay by itself shrinks a weight to 1/e in this many epochs; inf is no decay.
     # The original's SGD comes to 5.
     memory_epochs: float = constant(5.0, "(0, inf]")
+    # The L2 term of Adam in place of that decay: this times each parameter is added to its gradient.
+    l2: float = constant(0.0, "[0, inf)")
     label_smoothing: float = constant(0.2, "[0, 1)")
     # The share of each batch in BatchNorm's running statistics, which only evaluation uses. PyTorch's 0.1 remembers 10
     # steps, and weights at LRMAX have moved on by then.
     batchnorm_momentum: float = constant(0.3, "(0, 1]")
     # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
     logit_scale: float = constant(0.125, "(0, inf)")
-    # The first convolution begins by whitening the 3x3 patches of so many images. The floor is added to the variance of
-    # each of their directions, so that those that hardly vary, which are noise, are not blown up.
-    whitening_images: int = constant(1000, "[1, 50000]")
+    # The first convolution begins by whitening the 3x3 patches of so many images; 0 leaves it as PyTorch makes it. The
+    # floor is added to the variance of each of their directions, so that those that hardly vary, which are noise, are
+    # not blown up. The other convolutions begin as the identity, or as PyTorch makes them.
+    whitening_images: int = constant(1000, "[0, 50000]")
     whitening_floor: float = constant(0.01, "(0, inf)")
-    # Augmentation, in pixels of images of 32 x 32.
+    initialisation: str = constant("identity", ("identity", "default"))
+    # Augmentation, in pixels of images of 32 x 32. Flips alternate from epoch to epoch, or a coin is tossed each time.
     padding: int = constant(4, "[0, 31]")
     padding_mode: str = constant("reflect", ("reflect", "constant", "replicate", "circular"))
+    flips: str = constant("alternating", ("alternating", "random"))
     cutout: int = constant(8, "[0, 31]")
     # The sweep raises the rate exponentially from the first value to the second in one epoch; in up to two where one
     # has fewer steps than this.
@@ -107,6 +117,8 @@ class Recipe:
                 needed = f"a {'whole ' * (kind is int)}number in {allowed}"
             if not fits:
                 raise ValueError(f"{field.name} is {value!r}: {needed} is needed")
+        if self.l2 and self.memory_epochs < math.inf:
+            raise ValueError(f"l2 is {self.l2!r}: memory_epochs has to be inf beside it")
         if self.sweep_range[0] >= self.sweep_range[1] or self.sweep_begun >= self.sweep_done:
             raise ValueError("sweep_range has to go up, and sweep_begun to be less than sweep_done")
 
@@ -120,6 +132,12 @@ def lies_in(value, interval):
 
 
 ALLOWED = {field.name: field.metadata["allowed"] for field in dataclasses.fields(Recipe)}
+
+# The recipe of this file, and the one that its followers were given, with what it leaves open as PyTorch has it.
+RECIPES = {"tuned": Recipe(),
+           "plain": Recipe(epsilon=1e-8, memory_epochs=math.inf, label_smoothing=0.0, batchnorm_momentum=0.1,
+                           logit_scale=1.0, whitening_images=0, initialisation="default", padding_mode="constant",
+                           flips="random")}
 
 MEMORY_FEWEST_STEPS = 100  # or BatchNorm's running statistics would lag behind weights that decay
 SWEEP_FEWEST_STEPS = 8  # a sweep of a handful of batches repeats them rather than leap over the rates that matter
@@ -230,14 +248,17 @@ def epoch_generator(seed, epoch, device):
     return torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
 
 
-def draw_flips(count, seed, epoch, device):
-    """Return which of all `count` training images (count,) are mirrored in `epoch`; the next epoch mirrors the others.
+def draw_flips(recipe, count, seed, epoch, device, generator):
+    """Return which of all `count` training images (count,) are mirrored in `epoch`.
 
-    A coin decides for each image which half it is in. Coins tossed anew in every epoch would show some images
-    mirrored five times in a row (K. Jordan, arXiv:2404.00498, section 3.6).
+    Alternating, the next epoch mirrors the others: one coin for each image decides which half it is in. Random, a coin
+    is tossed anew in every epoch, which shows some images mirrored five times in a row (K. Jordan, arXiv:2404.00498,
+    section 3.6).
     """
-    coins = torch.randint(2, (count,), generator=epoch_generator(seed, 0, device), device=device)
-    return (coins + epoch) % 2 == 1
+    if recipe.flips == "alternating":
+        coins = torch.randint(2, (count,), generator=epoch_generator(seed, 0, device), device=device)
+        return (coins + epoch) % 2 == 1
+    return torch.randint(2, (count,), generator=generator, device=device) == 1
 
 
 def crop(images, top, left, size):
@@ -281,7 +302,7 @@ def augmented_batches(recipe, train, seed, epoch):
     """Shuffle a padded Split and yield its images, augmented, and labels; the last batch has what is left over."""
     device = train.images.device
     generator = epoch_generator(seed, epoch, device)
-    mirrored = draw_flips(len(train.labels), seed, epoch, device)
+    mirrored = draw_flips(recipe, len(train.labels), seed, epoch, device, generator)
     order = torch.randperm(len(train.labels), generator=generator, device=device)
     for chosen in order.split(recipe.batch_size):
         images = augment(recipe, train.images[chosen], mirrored[chosen], generator)
@@ -315,8 +336,8 @@ class ResNet(nn.Module):
     """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018): (B, 3, 32, 32) to logits (B, 10).
 
     It has 6,573,130 parameters, or 6,573,120 with `head_bias=False`. The softmax is left to the cross-entropy.
-    The first filters of every convolution but the first begin as the identity, so that the untrained network already
-    carries the image through to its head (as in airbench: K. Jordan, arXiv:2404.00498, section 3.3).
+    Initialised as the identity, the first filters of every convolution but the first pass their input on, so that the
+    untrained network already carries the image through to its head (K. Jordan, arXiv:2404.00498, section 3.3).
     """
 
     def __init__(self, recipe=Recipe(), classes=10, head_bias=True):
@@ -331,7 +352,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = recipe.batchnorm_momentum
-            if isinstance(module, nn.Conv2d) and module is not self.prep[0]:
+            if (recipe.initialisation == "identity" and isinstance(module, nn.Conv2d)
+                    and module is not self.prep[0]):
                 nn.init.dirac_(module.weight[:module.in_channels])
 
     def forward(self, x):
@@ -409,14 +431,16 @@ def start(recipe, training, test, seed=0, device="auto", precision="auto"):
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]  # to decay, once LRMAX is known
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]  # biases and BatchNorms
     optimizer = torch.optim.Adam([{"params": weights}, {"params": others}], betas=(recipe.beta1[1], recipe.beta2),
-                                 eps=recipe.epsilon, decoupled_weight_decay=True, fused=True)
+                                 eps=recipe.epsilon, weight_decay=recipe.l2, decoupled_weight_decay=not recipe.l2,
+                                 fused=True)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     started = time.perf_counter()
     mean, std = channel_statistics(training.images)
     training = prepare(training, mean, std, device, dtype, recipe.padding, recipe.padding_mode)
     test = prepare(test, mean, std, device, dtype)
-    whiten_first_layer(model, training.images[:recipe.whitening_images], recipe.whitening_floor)
+    if recipe.whitening_images:
+        whiten_first_layer(model, training.images[:recipe.whitening_images], recipe.whitening_floor)
     return Run(recipe, seed, device, dtype, mean, std, training, test, model, optimizer, scaler,
                seconds=time.perf_counter() - started)
 
@@ -477,33 +501,36 @@ class Rates(NamedTuple):
     sweep: Optional[dict] = None  # that found them, see `find_rates`
 
 
-def one_cycle(step, total_steps, outer, inner, peak_fraction):
-    """Return the value at `step` (from 0) of a cycle: linear from `outer` to `inner`, then linear back to `outer`.
+def one_cycle(step, total_steps, begin, top, end, peak_fraction):
+    """Return the value at `step` (from 0) of a cycle: linear from `begin` to `top`, then linear to `end`.
 
-    Steps are counted as in `torch.optim.lr_scheduler.OneCycleLR`: the last step of the rise has `inner`, the last step
-    of the run has `outer`, and there is no annihilation below it (L. Smith, arXiv:1803.09820, section 4).
+    Steps are counted as in `torch.optim.lr_scheduler.OneCycleLR`: the last step of the rise has `top`, the last step of
+    the run has `end` (L. Smith, arXiv:1803.09820, section 4).
     """
     last = total_steps - 1
     peak = peak_fraction * total_steps - 1
-    height = step / peak if step < peak else (last - step) / (last - peak)
-    return outer + (inner - outer) * height
+    if step < peak:
+        return begin + (top - begin) * (step / peak)
+    return end + (top - end) * ((last - step) / (last - peak))
 
 
 def plan_epoch(recipe, rates, epoch, steps_per_epoch):
     """Return the (learning rate, first beta) of every step of an epoch, counted from 1."""
-    total_steps = recipe.epochs * steps_per_epoch
-    return [(one_cycle(step, total_steps, rates.lr_min, rates.lr_max, recipe.peak_fraction),
-             one_cycle(step, total_steps, *recipe.beta1, recipe.peak_fraction))
+    total_steps, (outer, inner) = recipe.epochs * steps_per_epoch, recipe.beta1
+    lr_end = rates.lr_min / recipe.annihilation
+    return [(one_cycle(step, total_steps, rates.lr_min, rates.lr_max, lr_end, recipe.peak_fraction),
+             one_cycle(step, total_steps, outer, inner, outer, recipe.peak_fraction))
             for step in range((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch)]
 
 
 def weight_decay(recipe, lr_max, steps_per_epoch):
-    """Return Adam's decoupled weight decay for a memory of `recipe.memory_epochs`, or 100 steps, at rate `lr_max`.
+    """Return Adam's weight decay: `recipe.l2`, or decoupled for a memory of `recipe.memory_epochs` at rate `lr_max`.
 
-    A step multiplies a weight by 1 - learning rate x decay. Weights are a moving average of their updates; its length
-    in epochs is what suits a data set, whatever rate and batch size (X. Wang and L. Aitchison, arXiv:2405.13698).
+    A decoupled step multiplies a weight by 1 - learning rate x decay. Weights are a moving average of their updates; its length
+    in epochs is what suits a data set, whatever rate and batch size (X. Wang and L. Aitchison, arXiv:2405.13698). It is
+    no shorter than 100 steps.
     """
-    return 1 / (max(recipe.memory_epochs * steps_per_epoch, MEMORY_FEWEST_STEPS) * lr_max)
+    return recipe.l2 or 1 / (max(recipe.memory_epochs * steps_per_epoch, MEMORY_FEWEST_STEPS) * lr_max)
 
 
 # ---- Learning-rate range sweep ---------------------------------------------------------------------------------------
@@ -683,6 +710,8 @@ def parse_arguments(argv=None):
     def option(name, help, shown_default="%(default)s", **keywords):
         parser.add_argument(name, help=f"{help} (default: {shown_default})", **keywords)
 
+    option("--recipe", "tuned is this file's own, plain the one that was handed out", choices=list(RECIPES),
+           default="tuned", dest="recipe_name")
     option("--epochs", "passes over the training images; 0 finds the learning rates and stops",
            type=number(int, ALLOWED["epochs"]), default=Recipe.epochs, metavar="N")
     option("--batch-size", "images in a step", f"{Recipe.batch_size}, or all training images where they are fewer",
@@ -721,7 +750,8 @@ def parse_arguments(argv=None):
     if config.batch_size > images:
         parser.error(f"--batch-size {config.batch_size} is above the {images} training images")
     try:
-        config.recipe = Recipe(config.epochs, config.batch_size, **dict(config.set))
+        config.recipe = dataclasses.replace(RECIPES[config.recipe_name], epochs=config.epochs,
+                                            batch_size=config.batch_size, **dict(config.set))
     except ValueError as error:
         parser.error(f"argument --set: {error}")
     del config.epochs, config.batch_size, config.set  # the recipe has them
@@ -740,13 +770,18 @@ def parse_arguments(argv=None):
 
 
 # Of a configuration, what has no influence on a run's result.
-NO_INFLUENCE = ("runs", "data_dir", "output", "checkpoint", "weights", "figures")
+NO_INFLUENCE = ("recipe_name", "runs", "data_dir", "output", "checkpoint", "weights", "figures")
+
+
+def constants(recipe):
+    """Return a recipe as the report and the checkpoint have it, in values of JSON, which has no tuples or infinity."""
+    return {name: list(value) if isinstance(value, tuple) else str(value) if value == math.inf else value
+            for name, value in vars(recipe).items()}
 
 
 def describe(config):
     """Return a configuration as the report and the checkpoint have it: a dictionary of plain values."""
-    recipe = {name: str(value) if value == math.inf else value  # for which JSON has no number
-              for name, value in dataclasses.asdict(config.recipe).items()}
+    recipe = constants(config.recipe)
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
     return {"epochs": recipe.pop("epochs"), "batch_size": recipe.pop("batch_size"), **values, "recipe": recipe}
 
@@ -1194,9 +1229,11 @@ def run_seeds(config):
     output = config.output or Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{config.device}.json"
     for path in filter(None, [output, config.checkpoint, config.weights]):
         check_writable(path)
-    for name, default in CONSTANTS.items():
-        if getattr(config.recipe, name) != default:
-            print(f"recipe     {name} {getattr(config.recipe, name)}, not {default}")
+    print(f"recipe     {config.recipe_name}")
+    for name in CONSTANTS:
+        value, usual = (getattr(recipe, name) for recipe in (config.recipe, RECIPES[config.recipe_name]))
+        if value != usual:
+            print(f"{'':<11}{name} {value}, not {usual}")
     data = load_cifar10(config.data_dir)
     reports = []
     for seed in range(config.seed, config.seed + config.runs):

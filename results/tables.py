@@ -7,10 +7,16 @@ this script makes of the reports.
 """
 
 import json
+import math
 import statistics
+import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import train  # noqa: E402
 
 TEXT = """# Results
 
@@ -18,8 +24,8 @@ Written by `python results/tables.py` from the reports beside it: a folder is a 
 script or the reports, not this file. All was measured on two cores of a CPU, without a GPU; every run is listed.
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
-both. A "changed" column names what a run's recipe has other than the default one; `python train.py --help` tells how to
-change it.
+both. A "changed" column names what a run's recipe has other than the tuned one, which is the default, or "plain" where it
+is that of `--recipe plain`, and what it has other than that; `--set` changes a constant.
 
 ## The default command
 
@@ -36,8 +42,7 @@ For tuning: trained on 45,000 training images, evaluated on the other 5,000 (`--
 
 {holdout}
 
-The run without the initialisation is of a version of the script that had neither the whitening nor the identity at
-the start. The recipe's own two runs have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less
+The run without whitening and identity is of a version of the script that had neither yet. The recipe's own two runs have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less
 apart than two seeds of one recipe are, so too close to call.
 
 ## Ablations
@@ -56,14 +61,30 @@ LRMAX in factors of 2, LRMIN 0.0001, 8 epochs on the same held-out images:
 
 {grid}
 
+### Around the rates of the plain recipe
+
+`--recipe plain`, else as above. "Behind" is the distance to its best row:
+
+{plain_grid}
+
 ## Sweeps
 
-`python train.py --epochs 0 --runs 10`, for each batch size and precision:
+`python train.py --epochs 0 --runs 10`, for each recipe, batch size and precision:
 
 {sweeps}
 
 In fp32 and in bf16 the sweeps of one seed find LRMAX at most {apart} apart; in {same} of the {pairs} pairs it is the
 same.
+
+## Rules for reading a sweep
+
+What others' rules make of the same losses (bf16; each column is of all its seeds). Each is given what its own library
+gives it, losses smoothed and cut its way: fastai's `valley` and `minimum` (the smoothed loss's lowest point, over 10),
+and the steepest slope of pytorch-lr-finder.
+
+{rules}
+
+The spread says how steady a rule is, not whether it is right.
 """
 
 
@@ -99,11 +120,25 @@ def of_each_seed(reports):
     return ", ".join(f"[{accuracy(report):.2%}]({name})" for name, report in in_order)
 
 
-def changes(report, default):
-    """Return in words how the recipe of a report differs from that of another."""
-    recipe, usual = report["config"]["recipe"], default["config"]["recipe"]
-    changed = [f"{name} {recipe[name]}" for name in usual if name in recipe and recipe[name] != usual[name]]
-    return ", ".join(changed + (["without the initialisation"] if "whitening_images" not in recipe else [])) or "-"
+def recipe_name(report):
+    return report["config"].get("recipe_name", "tuned")
+
+
+def constants(report):
+    """Return the recipe of a report. Constants that its version of the script had not yet are what it did without."""
+    recipe = report["config"]["recipe"]
+    before = {"annihilation": 1.0, "l2": 0.0, "flips": "alternating", "initialisation": "identity"}
+    if "whitening_images" not in recipe:
+        before.update(whitening_images=0, initialisation="default")
+    return {**before, **recipe}
+
+
+def changes(report):
+    """Return in words how the recipe of a report differs from the tuned one."""
+    name = recipe_name(report)
+    usual = train.constants(train.RECIPES[name])
+    changed = [f"{constant} {value}" for constant, value in constants(report).items() if value != usual[constant]]
+    return ", ".join(([] if name == "tuned" else [name]) + changed) or "-"
 
 
 def rate(report):
@@ -126,13 +161,13 @@ def check_alike(reports, *settings):
             raise ValueError(f"reports of one table differ in {setting}")
 
 
-def whole_runs(reports, default):
+def whole_runs(reports):
     """Return the table of runs over 24 epochs, a row each."""
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout")
     rows = []
     for name, report in reports.items():
         summary, environment = report["summary"], report["environment"]
-        rows.append([f"[{report['config']['seed']}]({name})", changes(report, default), rate(report),
+        rows.append([f"[{report['config']['seed']}]({name})", changes(report), rate(report),
                      f"{environment['device_name']}, {environment['precision']}, PyTorch {environment['torch']}",
                      f"{accuracy(report):.2%}", f"{summary['tta_test_accuracy']:.2%}",
                      " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values()),
@@ -141,16 +176,16 @@ def whole_runs(reports, default):
                   "training, s", "whole run, s"], rows)
 
 
-def what_varies(default):
-    """Return a function that tells what sets a report apart but its seed: its recipe, and LRMAX where it was given."""
-    return lambda report: (changes(report, default), None if report["lr_sweep"] else report["config"]["lr_max"])
+def what_varies(report):
+    """Return what sets a report apart but its seed: its recipe, and LRMAX where it was given."""
+    return changes(report), None if report["lr_sweep"] else report["config"]["lr_max"]
 
 
-def short_runs(reports, default, reference):
+def short_runs(reports, reference):
     """Return the table of runs over 8 epochs, a row for all seeds, compared with the mean of `reference`."""
     check_alike([*reports.values(), *reference], "epochs", "batch_size", "subset", "holdout", "precision")
     rows = []
-    for (changed, _), group in groups(reports, what_varies(default)).items():
+    for (changed, _), group in groups(reports, what_varies).items():
         runs = list(group.values())
         rates = ", ".join(map(rate, runs)) if runs[0]["lr_sweep"] else rate(runs[0])
         rows.append([changed, rates, len(runs), f"{mean(runs):.2%}", spread(runs), of_each_seed(group),
@@ -160,7 +195,7 @@ def short_runs(reports, default, reference):
 
 def sweep_table(reports):
     """Return the table of the rates that sweeps found, a row for each batch size and precision."""
-    check_alike(reports.values(), "epochs", "subset", "holdout", "recipe")
+    check_alike(reports.values(), "epochs", "subset", "holdout", "recipe")  # and so of one recipe
     rows = []
     grouped = groups(reports, lambda report: (report["config"]["batch_size"], report["config"]["precision"]))
     for (batch_size, precision), group in sorted(grouped.items()):
@@ -169,6 +204,47 @@ def sweep_table(reports):
                      f"{min(highest):.3g} to {max(highest):.3g}", f"{max(highest) / min(highest):.2f}",
                      f"{min(lowest):.3g} to {max(lowest):.3g}", f"{max(lowest) / min(lowest):.2f}"])
     return table(["batch", "precision", "seeds", "LRMAX", "largest / smallest", "LRMIN", "largest / smallest"], rows)
+
+
+def valley(lrs, losses):
+    """Return the rate two thirds of the way down the longest valley: the longest run of ever lower losses, with gaps."""
+    length = [1] * len(losses)  # of the longest such run that ends at each loss
+    for i, loss in enumerate(losses):
+        length[i] += max((length[j] for j in range(i) if losses[j] > loss), default=0)
+    end = int(np.argmax(length))
+    return lrs[end - length[end] + length[end] // 3 + length[end] // 6]
+
+
+def others_rules(report):
+    """Return what the rules of others make of a report's sweep: a rate by each one's name."""
+    lrs, losses = report["lr_sweep"]["lr"], report["lr_sweep"]["loss"]
+    lowest, highest = report["config"]["recipe"]["sweep_range"]
+    planned = 1 + round(math.log(highest / lowest) / math.log(lrs[1] / lrs[0]))  # steps; divergence may end it earlier
+    averages, average, smoothed = [], 0.0, losses[:1]
+    for step, loss in enumerate(losses):
+        average = 0.98 * average + 0.02 * loss  # fastai's AvgSmoothLoss
+        averages.append(average / (1 - 0.98 ** (step + 1)))
+    for loss in losses[1:]:
+        smoothed.append(0.05 * loss + 0.95 * smoothed[-1])  # pytorch-lr-finder's smooth_f
+    start = planned // 10
+    return {"fastai, valley": valley(lrs[start:-5], averages[start:-5]),
+            "fastai, minimum / 10": lrs[start:-5][int(np.argmin(averages[start:-5]))] / 10,
+            "pytorch-lr-finder, steepest": lrs[10:-5][int(np.gradient(smoothed[10:-5]).argmin())]}
+
+
+def rules_table(sweeps):
+    """Return the table of what each rule finds on the same sweeps, a column for each recipe and batch size."""
+    grouped = groups({name: report for name, report in sweeps.items() if report["config"]["precision"] == "bf16"},
+                     lambda report: (recipe_name(report), report["config"]["batch_size"]))
+    found = {}  # by rule, then by column
+    for column, group in grouped.items():
+        for report in group.values():
+            for rule, lr in {"ours": report["lr_sweep"]["lr_max"], **others_rules(report)}.items():
+                found.setdefault(rule, {}).setdefault(column, []).append(lr)
+    rows = [[rule, *(f"{max(lrs) / min(lrs):.2f} ({statistics.median(lrs):.2g})" for lrs in
+                     (found[rule][column] for column in sorted(grouped)))] for rule in found]
+    return table(["rule: largest / smallest LRMAX (median)",
+                  *(f"{name}, batch {size}, {len(grouped[name, size])} seeds" for name, size in sorted(grouped))], rows)
 
 
 def quotes():
@@ -190,23 +266,22 @@ def quotes():
 def readme():
     """Return the text of results/README.md."""
     default, holdout, grid, sweeps = map(load, ("default", "holdout", "grid", "sweeps"))
-    usual = default["default/seed0.json"]
     check_alike(default.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
-    own = [report for report in holdout.values() if changes(report, usual) == "-"]
-    other = [report for report in holdout.values() if "epsilon" in changes(report, usual)]
+    own = [report for report in holdout.values() if changes(report) == "-"]
+    other = [report for report in holdout.values() if "epsilon" in changes(report)]
     ablations = load("ablations")
     seeds = [list(map(accuracy, group.values()))
-             for group in groups({**ablations, **grid}, what_varies(usual)).values()]
+             for group in groups({**ablations, **grid}, what_varies).values()]
     gaps = [100 * (max(accuracies) - min(accuracies)) for accuracies in seeds if len(accuracies) > 1]
     pairs = [[report["config"]["lr_max"] for report in pair.values()] for pair in
              groups(sweeps, lambda report: (report["config"]["batch_size"], report["config"]["seed"])).values()]
     return TEXT.format(
-        default=whole_runs(default, usual), headline=f"Accuracy: {quotes()['headline']}",
-        holdout=whole_runs(holdout, usual), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
-        ablations=short_runs(ablations, usual, at_60),
+        default=whole_runs(default), headline=f"Accuracy: {quotes()['headline']}",
+        holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
+        ablations=short_runs(ablations, at_60),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
-        grid=short_runs(grid, usual, at_60),
+        grid=short_runs(grid, at_60),
         sweeps=sweep_table(sweeps), apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
         same=sum(min(pair) == max(pair) for pair in pairs), pairs=len(pairs))
 
