@@ -16,7 +16,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import http.client
 import io
 import itertools
 import json
@@ -27,10 +26,8 @@ import shutil
 import signal
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -52,7 +49,7 @@ def constant(default, allowed):
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """The constants of a run: `Recipe()` is the tuned recipe, `RECIPES["plain"]` the one that was handed out.
 
@@ -187,12 +184,10 @@ def load_cifar10(data_dir):
     if missing:
         fetch_cifar10(data_dir, archive)
 
-    splits = []
-    for train in (True, False):
-        dataset = CIFAR10(data_dir, train=train)
-        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
-        splits.append(Split(images, torch.tensor(dataset.targets)))
-    return splits[0], splits[1], dataset.classes
+    datasets = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
+    training, test = (Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
+                      for dataset in datasets)
+    return training, test, datasets[0].classes
 
 
 def fetch_cifar10(data_dir, archive):
@@ -207,7 +202,7 @@ def fetch_cifar10(data_dir, archive):
                 CIFAR10(scratch, download=True)
             for path in (Path(scratch) / CIFAR10.base_folder).iterdir():
                 path.replace(folder / path.name)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+    except Exception as error:  # of the network, the archive or the disk: they are of many kinds
         raise UserError(f"could not fetch CIFAR-10 from {CIFAR10.url} ({error}).\n"
                         f"Get that file by hand and put it at {archive}, or its files into {folder}{os.sep}.") from None
 
@@ -352,8 +347,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = recipe.batchnorm_momentum
-            if (recipe.initialisation == "identity" and isinstance(module, nn.Conv2d)
-                    and module is not self.prep[0]):
+            elif recipe.initialisation == "identity" and isinstance(module, nn.Conv2d) and module is not self.prep[0]:
                 nn.init.dirac_(module.weight[:module.in_channels])
 
     def forward(self, x):
@@ -380,7 +374,7 @@ def whiten_first_layer(model, images, floor):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """A model, what trains it, and how far it has come; made by `start`. Weights are fp32."""
     recipe: Recipe
@@ -454,11 +448,8 @@ def choose_precision(device):
     """Return the fastest precision that `device` has instructions for; never one that it only emulates."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older PyTorch cannot tell
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return "bf16"
-    return "fp32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # older PyTorch has none
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def make_fast(device):
@@ -526,9 +517,9 @@ def plan_epoch(recipe, rates, epoch, steps_per_epoch):
 def weight_decay(recipe, lr_max, steps_per_epoch):
     """Return Adam's weight decay: `recipe.l2`, or decoupled for a memory of `recipe.memory_epochs` at rate `lr_max`.
 
-    A decoupled step multiplies a weight by 1 - learning rate x decay. Weights are a moving average of their updates; its length
-    in epochs is what suits a data set, whatever rate and batch size (X. Wang and L. Aitchison, arXiv:2405.13698). It is
-    no shorter than 100 steps.
+    A decoupled step multiplies a weight by 1 - learning rate x decay. Weights are a moving average of their updates;
+    its length in epochs, here 100 steps at least, is what suits a data set, whatever rate and batch size (X. Wang and
+    L. Aitchison, arXiv:2405.13698).
     """
     return recipe.l2 or 1 / (max(recipe.memory_epochs * steps_per_epoch, MEMORY_FEWEST_STEPS) * lr_max)
 
@@ -634,8 +625,7 @@ def epochs(run, rates, on_step=None):
     `train_loss` and `train_accuracy` are means over the augmented images, `lr` is the last step's, `elapsed_seconds`
     are those of `run.seconds`. A run that has trained some epochs already goes on after them.
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a tensor, stalls a GPU.
-    Raises Diverged where a loss is NaN or infinite: at that step on a CPU, after the epoch on a GPU, because asking for
-    every loss would keep it waiting.
+    Raises Diverged where a loss is NaN or infinite: at that step on a CPU, after the epoch on a GPU.
     """
     recipe, images, steps = run.recipe, len(run.train.labels), run.steps_per_epoch
     sizes = torch.tensor([len(batch) for batch in run.train.labels.split(recipe.batch_size)], dtype=torch.double)
@@ -680,26 +670,22 @@ CONSTANTS = {name: value for name, value in vars(Recipe()).items() if name not i
 def number(kind, interval):
     """Return an argparse type that takes numbers, int or float, in an interval, see `lies_in`."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if not lies_in(value, interval):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number in {interval}")
-        return value
+        with contextlib.suppress(ValueError):
+            if lies_in(kind(text), interval):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number in {interval}")
     return parse
 
 
 def recipe_constant(text):
     """Parse NAME=VALUE into the name of a constant of the recipe and a value of its type; an argparse type."""
     name, _, value = text.partition("=")
-    default = CONSTANTS.get(name)
-    if default is None:
+    if name not in CONSTANTS:
         raise argparse.ArgumentTypeError(f"{name!r} is no constant of the recipe; there are {', '.join(CONSTANTS)}")
-    try:
-        return name, tuple(map(float, value.split(","))) if isinstance(default, tuple) else type(default)(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no value for {name}, which is {default}") from None
+    kind = type(CONSTANTS[name])
+    with contextlib.suppress(ValueError):  # Recipe refuses what stays a text
+        value = tuple(map(float, value.split(","))) if kind is tuple else kind(value)
+    return name, value
 
 
 def parse_arguments(argv=None):
@@ -742,10 +728,9 @@ def parse_arguments(argv=None):
 
     if config.lr_min and config.lr_max and config.lr_min > config.lr_max:
         parser.error(f"--lr-min {config.lr_min:g} is above --lr-max {config.lr_max:g}")
-    images = config.subset or TRAIN_IMAGES
-    if config.holdout >= images:
-        parser.error(f"--holdout {config.holdout} leaves nothing to train on: there are {images} training images")
-    images -= config.holdout
+    images = (config.subset or TRAIN_IMAGES) - config.holdout
+    if images < 1:
+        parser.error(f"--holdout {config.holdout} leaves nothing to train on, of {images + config.holdout} images")
     config.batch_size = config.batch_size or max(2, min(Recipe.batch_size, images))
     if config.batch_size > images:
         parser.error(f"--batch-size {config.batch_size} is above the {images} training images")
@@ -799,49 +784,38 @@ def select_images(config, training, test):
 
 # ---- Files: the report (JSON), the checkpoint, the weights -----------------------------------------------------------
 
-def check_writable(path):
-    """Make the folder of `path` and return the file that it, or the link there, stands for.
+def write_file(path, fill=None):
+    """Write what `fill(file)` puts into it so that the file is whole at every moment: a reader never sees half of it.
 
-    Raises UserError where no file can be written there; a device or a pipe is none.
+    Makes its folder; a link stays, and the file that it stands for is written. Without `fill` nothing else is done,
+    which tells beforehand whether it can be. Raises UserError where it cannot; a device or a pipe is no file.
     """
+    content = io.BytesIO()  # torch.save into a file would say of a full disk "unexpected pos"
+    if fill:
+        fill(content)
     try:
         target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():
             raise OSError("it is there and not a file")
-        tempfile.TemporaryFile(dir=target.parent).close()
-        return target
-    except (OSError, RuntimeError) as error:  # the latter for a link to itself
-        raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
-
-
-def replace_file(path, content):
-    """Write bytes to `path` so that the file is whole at every moment: a reader never sees half of it."""
-    target = check_writable(path)
-    try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-", suffix=".tmp") as folder:
-            (Path(folder) / target.name).write_bytes(content)
-            (Path(folder) / target.name).replace(target)
-    except OSError as error:
+            if fill:
+                (Path(folder) / target.name).write_bytes(content.getbuffer())
+                (Path(folder) / target.name).replace(target)
+    except (OSError, RuntimeError) as error:  # the latter for a link to itself
         raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
 
 
 def write_json(path, content):
     """Write strict JSON (no NaN)."""
-    replace_file(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_tensors(path, content):
-    """Write what `torch.load` reads."""
-    buffer = io.BytesIO()  # torch.save into a file would say of a full disk "unexpected pos"
-    torch.save(content, buffer)
-    replace_file(path, buffer.getbuffer())
+    write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
 
 
 def save_weights(path, run, classes):
     """Write all that classifying images takes."""
-    write_tensors(path, {"recipe": dataclasses.asdict(run.recipe), "weights": run.model.state_dict(),
-                         "mean": run.mean, "std": run.std, "classes": classes})
+    content = {"recipe": dataclasses.asdict(run.recipe), "weights": run.model.state_dict(), "mean": run.mean,
+               "std": run.std, "classes": classes}
+    write_file(path, lambda file: torch.save(content, file))
 
 
 def load_weights(path, device="cpu"):
@@ -857,11 +831,9 @@ def load_weights(path, device="cpu"):
 
 def new_report(config, run, evaluated_on):
     """Return the report of a run that has not trained."""
-    if config.device == "cuda":
-        device_name = torch.cuda.get_device_name()
-    else:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        device_name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    cpu_name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    device_name = (torch.cuda.get_device_name() if config.device == "cuda"
+                   else cpu_name or platform.processor() or platform.machine())
     return {"config": {**describe(config), "peak_epoch": run.recipe.peak_fraction * run.recipe.epochs},
             "environment": {"python": platform.python_version(), "torch": str(torch.__version__),
                             "torchvision": torchvision.__version__, "numpy": np.__version__,
@@ -897,18 +869,17 @@ def load_checkpoint(config, run, report):
     advice = "Delete it or choose another --checkpoint."
     try:
         saved = torch.load(config.checkpoint, map_location=run.device, weights_only=True)
-        then, now = ({name: value for name, value in {**given, **given["recipe"]}.items()
-                      if name not in ("recipe", *NO_INFLUENCE)} for given in (saved["config"], describe(config)))
-        differences = [f"{name} {then.get(name)}, not {now.get(name)}" for name in sorted(then.keys() | now.keys())
+        then, now = ({**given, **given["recipe"]} for given in (saved["config"], describe(config)))
+        differences = [f"{name} {then.get(name)}, not {now.get(name)}"
+                       for name in sorted((then.keys() | now.keys()) - {"recipe", *NO_INFLUENCE})
                        if then.get(name) != now.get(name)]
         if not differences:
             run.load_state(saved["run"])
-            report.update(lr_sweep=saved["report"]["lr_sweep"], epochs=saved["report"]["epochs"])
-            report["summary"].update(saved["report"]["summary"])
-            report["config"].update({name: saved["report"]["config"][name] for name in
-                                     ("lr_min", "lr_max", "weight_decay")})
+            old = saved["report"]
+            report.update(lr_sweep=old["lr_sweep"], epochs=old["epochs"], summary=old["summary"])
+            report["config"].update({name: old["config"][name] for name in ("lr_min", "lr_max", "weight_decay")})
             "".join(map(format_row, report["epochs"]))  # fails where something is missing
-            return Path(saved["report"]["config"]["output"])
+            return Path(old["config"]["output"])
     except Exception as error:  # what a damaged file raises is of many kinds
         raise UserError(f"{config.checkpoint} is not a checkpoint of this script ({type(error).__name__}).\n"
                         f"{advice}") from None
@@ -957,10 +928,10 @@ def print_heading(report):
           f"device     {environment['device']} ({environment['device_name']}), {environment['precision']}, "
           f"{environment['threads']} CPU threads, PyTorch {environment['torch']}\n"
           f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
-          f"report     {report['config']['output']}", flush=True)
+          f"report     {report['config']['output']}")
     if environment["device"] == "cpu" and environment["precision"] not in ("fp32", choose_precision("cpu")):
         print(f"slow       this CPU has no instructions for {environment['precision']}, which takes many times as long "
-              f"as --precision fp32", flush=True)
+              f"as --precision fp32")
 
 
 # The columns of the table on the screen: what they show of an epoch's row, their heading and format.
@@ -985,11 +956,12 @@ def print_table_head(report):
               f"{sweep['smoothed_loss'][0]:.2f} to {min(sweep['smoothed_loss']):.2f}")
     peak = f" at epoch {config['peak_epoch']:g} of {config['epochs']}" if config["epochs"] else ""
     print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g}{peak}, "
-          f"weight decay {config['weight_decay']:.3g}", flush=True)
+          f"weight decay {config['weight_decay']:.3g}")
     if config["epochs"]:
         print("total s    is preprocessing and training, without the sweep and the evaluations")
         print("  ".join(heading.rjust(7) for _, heading, _ in COLUMNS))
-        print("".join(f"{format_row(row)}\n" for row in report["epochs"]), end="", flush=True)
+        for row in report["epochs"]:
+            print(format_row(row))
 
 
 def print_summary(report):
@@ -1009,7 +981,7 @@ def print_summary(report):
 def complain(message):
     """Print to the standard error, where that is still open."""
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr)
 
 
 # ---- Figures: beside the JSON, where matplotlib can be imported ------------------------------------------------------
@@ -1056,65 +1028,56 @@ def plot_schedule(figure, lrs, epochs):
     axes.grid(alpha=0.3)
 
 
-def plot_images(figure, pixels, captions, columns, title):
-    """Draw images (N, H, W, 3) in a grid, each under its caption."""
+def plot_images(figure, run, images, captions, columns, title):
+    """Draw prepared images (N, 3, H, W) of a run in a grid, each under its caption."""
     figure.suptitle(title)
-    grid = figure.subplots(math.ceil(len(pixels) / columns), columns, squeeze=False)
+    grid = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, image, caption in zip(grid.flat, pixels, captions):
-        axes.imshow(image, interpolation="nearest")
+    for axes, pixels, caption in zip(grid.flat, to_pixels(images, run.mean, run.std), captions):
+        axes.imshow(pixels, interpolation="nearest")
         axes.set_title(caption, fontsize=8)
 
 
 def draw_figures(report, run, classes):
-    """Yield the figures of a finished run, each a name and a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
-    def draw(size, plot, *content):
-        figure = Figure(figsize=size, dpi=120, layout="constrained")
-        plot(figure, *content)
-        return figure
-
+    """Yield the figures of a finished run: the name of each, its size in inches, what plots it, and what of."""
     config, rows, evaluated_on = report["config"], report["epochs"], report["data"]["evaluated_on"]
     if report["lr_sweep"]:
-        yield "sweep", draw((7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"])
+        yield "sweep", (7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"]
     if rows:
-        yield "curves", draw((11, 4.5), plot_curves, rows, evaluated_on, run.recipe.label_smoothing)
+        yield "curves", (11, 4.5), plot_curves, rows, evaluated_on, run.recipe.label_smoothing
         rates = Rates(config["lr_min"], config["lr_max"])
         lrs = [lr for row in rows for lr, _ in plan_epoch(run.recipe, rates, row["epoch"], run.steps_per_epoch)]
-        yield "schedule", draw((7, 4), plot_schedule, lrs, len(rows))
+        yield "schedule", (7, 4), plot_schedule, lrs, len(rows)
     images, labels = next(augmented_batches(dataclasses.replace(run.recipe, batch_size=32), run.train, run.seed, 1))
-    yield "augmented", draw((9, 5.8), plot_images, to_pixels(images, run.mean, run.std),
-                            [classes[label] for label in labels.tolist()], 8,
-                            "Training images after crop, flip and cutout")
+    yield ("augmented", (9, 5.8), plot_images, run, images, [classes[label] for label in labels.tolist()], 8,
+           "Training images after crop, flip and cutout")
     if rows:
         confidence, predicted = predict(run, run.test.images).softmax(1).max(1)
         wrong = (predicted != run.test.labels).nonzero().flatten()[:10]
         captions = [f"{classes[run.test.labels[i]]}\ntaken for {classes[predicted[i]]}\n"
                     f"with probability {confidence[i]:.2f}" for i in wrong.tolist()]
         if captions:
-            yield "misclassified", draw((9, 5), plot_images, to_pixels(run.test.images[wrong], run.mean, run.std),
-                                        captions, 5,
-                                        f"The first misclassified {evaluated_on}: true class, predicted class")
+            yield ("misclassified", (9, 5), plot_images, run, run.test.images[wrong], captions, 5,
+                   f"The first misclassified {evaluated_on}: true class, predicted class")
 
 
 def save_figures(output, report, run, classes):
     """Write the figures beside the report at `output` and show them in a notebook, or say in one line why not."""
     try:
-        for name, figure in draw_figures(report, run, classes):
-            path = output.with_name(f"{output.stem}-{name}.png")
-            drawn = io.BytesIO()
-            figure.savefig(drawn)
-            replace_file(path, drawn.getbuffer())
-            print(f"figure     {path}", flush=True)
+        from matplotlib.figure import Figure
+        for name, size, plot, *content in draw_figures(report, run, classes):
+            figure, path = Figure(size, dpi=120, layout="constrained"), output.with_name(f"{output.stem}-{name}.png")
+            plot(figure, *content)
+            write_file(path, figure.savefig)
+            print(f"figure     {path}")
             if in_notebook():
                 from IPython.display import Image, display
                 display(Image(filename=str(path)))
     except ImportError:
-        print("figures    skipped: matplotlib is not installed (pip install matplotlib)", flush=True)
+        print("figures    skipped: matplotlib is not installed (pip install matplotlib)")
     except Exception as error:  # whatever matplotlib finds wrong, the run is done and its report written
-        print(f"figures    not drawn: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
+        print(f"figures    not drawn: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -1143,19 +1106,20 @@ def train_once(config, data, output):
     training, test, evaluated_on = select_images(config, *data[:2])
     run = start(config.recipe, training, test, config.seed, config.device, config.precision)
     report = new_report(config, run, evaluated_on)
-    summary, resumed = report["summary"], config.checkpoint is not None and config.checkpoint.exists()
+    resumed = config.checkpoint is not None and config.checkpoint.exists()
     if resumed:
         saved_output = load_checkpoint(config, run, report)
         output = output if config.output else saved_output  # go on in the same file
-        begun -= summary["total_seconds"]
-    report["config"]["output"] = str(output)
+    report["config"]["output"], summary = str(output), report["summary"]
+    begun -= summary["total_seconds"]  # of the sittings before this one
 
     def save(status, checkpoint=False):
         summary["total_seconds"] = time.perf_counter() - begun
         summarise(report, status)
         write_json(output, report)
         if checkpoint and config.checkpoint:
-            write_tensors(config.checkpoint, {"config": describe(config), "run": run.state(), "report": report})
+            content = {"config": describe(config), "run": run.state(), "report": report}
+            write_file(config.checkpoint, lambda file: torch.save(content, file))
 
     save("running")
     print_heading(report)
@@ -1168,7 +1132,7 @@ def train_once(config, data, output):
         for row in epochs(run, rates, status_line(run)):
             report["epochs"].append(row)
             overwrite("")
-            print(format_row(row), flush=True)
+            print(format_row(row))
             save("running", checkpoint=True)
         if report["epochs"]:
             both_views = predict(run, run.test.images) + predict(run, run.test.images, mirror=True)
@@ -1194,10 +1158,7 @@ def train_once(config, data, output):
 
 
 def report_runs(reports, path):
-    """Print and write to `path` the statistics of several runs: the sample standard deviation, and counts.
-
-    Its lists have an entry for each run. Accuracies are of the runs that did not diverge.
-    """
+    """Print and write to `path` the statistics of several runs, the accuracies' of those that did not diverge."""
     configs, summaries = [report["config"] for report in reports], [report["summary"] for report in reports]
     shared = {name: value for name, value in configs[0].items() if all(config[name] == value for config in configs)}
     diverged = [config["seed"] for config, summary in zip(configs, summaries) if summary["status"] == "diverged"]
@@ -1228,12 +1189,11 @@ def run_seeds(config):
     """Do all the runs of a configuration. Returns the exit code: 1 where one of them diverged."""
     output = config.output or Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{config.device}.json"
     for path in filter(None, [output, config.checkpoint, config.weights]):
-        check_writable(path)
+        write_file(path)  # fails now rather than after training
     print(f"recipe     {config.recipe_name}")
-    for name in CONSTANTS:
-        value, usual = (getattr(recipe, name) for recipe in (config.recipe, RECIPES[config.recipe_name]))
-        if value != usual:
-            print(f"{'':<11}{name} {value}, not {usual}")
+    for name, usual in vars(RECIPES[config.recipe_name]).items():
+        if name in CONSTANTS and getattr(config.recipe, name) != usual:
+            print(f"{'':<11}{name} {getattr(config.recipe, name)}, not {usual}")
     data = load_cifar10(config.data_dir)
     reports = []
     for seed in range(config.seed, config.seed + config.runs):
@@ -1275,8 +1235,8 @@ def settle_in():
     for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):  # Windows lacks the latter
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, interrupt)
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal has not
+    if sys.stdout is not None:  # a path may have letters that the terminal has not; a line is to appear when it is done
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 if __name__ == "__main__":
