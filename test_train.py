@@ -242,6 +242,29 @@ def test_a_run_starts_with_a_layer_that_whitens_its_first_images():
     assert torch.equal(weight[54:], train.ResNet(recipe).prep[0].weight[54:])
 
 
+def test_the_plain_recipe_is_what_pytorch_has_by_default():
+    plain = dataclasses.replace(train.RECIPES["plain"], batch_size=8)
+    torch.manual_seed(0)  # the layers in their order, each as PyTorch makes it
+    channels = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
+    layers = [*(nn.Conv2d(*pair, 3, bias=False) for pair in channels), nn.Linear(512, 10)]
+    run, images, labels = small_run(plain), torch.randn(8, 3, 32, 32), torch.arange(8)
+    ours = [module for module in run.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(ours, layers, strict=True))
+    assert run.model.prep[1].momentum == nn.BatchNorm2d(1).momentum
+
+    reference = copy.deepcopy(run.model)
+    loss = F.cross_entropy(reference.head(reference.pool(reference.layer3(reference.layer2(
+        reference.layer1(reference.prep(images)))))), labels)
+    loss.backward()
+    torch.optim.Adam(reference.parameters(), lr=0.01).step()
+    run.optimizer.param_groups[0]["weight_decay"] = train.weight_decay(plain, 0.01, 98)
+    reported, _ = one_step(run, images, labels, lr=0.01)
+    torch.testing.assert_close(reported, loss.detach())
+    for ours, theirs in zip(run.model.parameters(), reference.parameters()):
+        torch.testing.assert_close(ours, theirs)
+    assert (plain.padding, plain.padding_mode, plain.cutout, plain.annihilation) == (4, "constant", 8, 1)
+
+
 # ---- Data and augmentation -------------------------------------------------------------------------------------------
 
 def test_augmentation_pixel_for_pixel_against_torchvision_and_back_into_colours():
@@ -314,6 +337,14 @@ def test_an_epoch_shows_every_image_once_and_mirrored_in_every_other_epoch():
     assert torch.equal(second, ~first) and torch.equal(third, first)
     assert 200 < first.sum() < 300 and not torch.equal(first, show(1, 1)[1])
     assert show(0, 1)[0] == order != next_order != show(1, 2)[0] != order
+
+
+def test_random_flips_are_drawn_anew_in_every_epoch():
+    recipe, count = Recipe(flips="random"), 100_000
+    flips = torch.stack([train.draw_flips(recipe, count, seed, epoch, "cpu", train.epoch_generator(seed, epoch, "cpu"))
+                         for seed, epoch in ((0, 1), (0, 2), (0, 3), (1, 1))]).double()
+    assert (flips.mean(1) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(count)
+    assert (torch.corrcoef(flips) - torch.eye(4)).abs().max() < 5 / math.sqrt(count)
 
 
 def test_subset_and_holdout_select_the_right_images_and_limit_the_default_batch():
@@ -850,9 +881,9 @@ def test_another_recipe_reaches_the_run(workplace, capsys, monkeypatch, name):
         assert group["eps"] == 0.02 and group["betas"] == (pytest.approx(0.9), 0.98)
     config = workplace.report()["config"]
     assert config["weight_decay"] == 0 and config["recipe"]["memory_epochs"] == "inf"  # JSON has no infinity
-    screen = capsys.readouterr().out
-    assert f"recipe     {name}\n" in screen and "\n           cutout 4, not 8\n" in screen
-    assert " padding " not in screen
+    (recipe,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe ")]
+    assert recipe.startswith(f"recipe     {name}, ") and ", cutout 4 instead of 8" in recipe
+    assert " padding " not in recipe
 
 
 def test_one_rate_alone_is_found_by_the_sweep(workplace):
@@ -869,7 +900,7 @@ def test_figures_are_drawn_where_matplotlib_is(workplace):
     assert all(Path(name).stat().st_size > 5000 for name in figures)
 
 
-def no_backend(**keywords):
+def no_backend(*arguments, **keywords):
     raise ValueError("no such\nbackend")
 
 
@@ -964,8 +995,8 @@ def test_a_precision_that_a_cpu_only_emulates_is_called_slow(capsys):
     (["--set", "beta3=0.5"],
      "--set: 'beta3' is no constant of the recipe; there are peak_fraction, annihilation, beta1"),
     (["--set", "epochs=5"], "--set: 'epochs' is no constant of the recipe"),
-    (["--set", "beta2"], "--set: '' is no value for beta2, which is 0.999"),
-    (["--set", "cutout=8.5"], "--set: '8.5' is no value for cutout, which is 8"),
+    (["--set", "beta2"], "--set: beta2 is '': a number in [0, 1) is needed"),
+    (["--set", "cutout=8.5"], "--set: cutout is '8.5': a whole number in [0, 31] is needed"),
     (["--set", "cutout=40"], "--set: cutout is 40: a whole number in [0, 31] is needed"),
     (["--set", "beta1=0.9"], "--set: beta1 is (0.9,): a pair of numbers in [0, 1) is needed")])
 def test_options_without_sense_end_with_usage_and_one_sentence(capsys, monkeypatch, arguments, sentence):
@@ -1080,7 +1111,7 @@ def test_the_tables_and_quotes_are_those_of_the_reports():
 
 def test_the_readme_shows_what_a_run_prints(capsys):
     report = tables.load("default")["default/seed0.json"]
-    report["config"]["output"] = "results/default/seed0.json"
+    report["config"].update(output="results/default/seed0.json", recipe_name="tuned", recipe={})  # once the only one
     train.print_heading(report)
     train.print_table_head(report)
     train.print_summary(report)

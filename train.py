@@ -72,7 +72,7 @@ class Recipe:
     # is how long they remember: at LRMAX, decay by itself shrinks a weight to 1/e in this many epochs; inf is no decay.
     # The original's SGD comes to 5.
     memory_epochs: float = constant(5.0, "(0, inf]")
-    # The L2 term of Adam in place of that decay: this times each parameter is added to its gradient.
+    # The L2 term of Adam in place of that decay: this times each parameter is added to its gradient, in the sweep too.
     l2: float = constant(0.0, "[0, inf)")
     label_smoothing: float = constant(0.2, "[0, 1)")
     # The share of each batch in BatchNorm's running statistics, which only evaluation uses. PyTorch's 0.1 remembers 10
@@ -407,7 +407,7 @@ class Run:
         for part in ("model", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
         self.epoch, self.seconds = state["epoch"], state["seconds"]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # the gradients are those of the weights before
 
 
 def start(recipe, training, test, seed=0, device="auto", precision="auto"):
@@ -435,6 +435,7 @@ def start(recipe, training, test, seed=0, device="auto", precision="auto"):
     test = prepare(test, mean, std, device, dtype)
     if recipe.whitening_images:
         whiten_first_layer(model, training.images[:recipe.whitening_images], recipe.whitening_floor)
+    test.images[-1].sum().item()  # waits for a GPU, so that the seconds are those of all this
     return Run(recipe, seed, device, dtype, mean, std, training, test, model, optimizer, scaler,
                seconds=time.perf_counter() - started)
 
@@ -923,12 +924,16 @@ def status_line(run, sweeping=False):
 
 def print_heading(report):
     """Print what is being run, and on what."""
-    data, environment = report["data"], report["environment"]
-    print(f"model      custom ResNet, {report['parameters']:,} parameters, seed {report['config']['seed']}\n"
+    config, data, environment = report["config"], report["data"], report["environment"]
+    usual = constants(RECIPES[config["recipe_name"]])
+    changed = [f", {name} {value} instead of {usual[name]}" for name, value in config["recipe"].items()
+               if value != usual[name]]
+    print(f"recipe     {config['recipe_name']}{''.join(changed)}\n"
+          f"model      custom ResNet, {report['parameters']:,} parameters, seed {config['seed']}\n"
           f"device     {environment['device']} ({environment['device_name']}), {environment['precision']}, "
           f"{environment['threads']} CPU threads, PyTorch {environment['torch']}\n"
           f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
-          f"report     {report['config']['output']}")
+          f"report     {config['output']}")
     if environment["device"] == "cpu" and environment["precision"] not in ("fp32", choose_precision("cpu")):
         print(f"slow       this CPU has no instructions for {environment['precision']}, which takes many times as long "
               f"as --precision fp32")
@@ -1190,10 +1195,6 @@ def run_seeds(config):
     output = config.output or Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{config.device}.json"
     for path in filter(None, [output, config.checkpoint, config.weights]):
         write_file(path)  # fails now rather than after training
-    print(f"recipe     {config.recipe_name}")
-    for name, usual in vars(RECIPES[config.recipe_name]).items():
-        if name in CONSTANTS and getattr(config.recipe, name) != usual:
-            print(f"{'':<11}{name} {getattr(config.recipe, name)}, not {usual}")
     data = load_cifar10(config.data_dir)
     reports = []
     for seed in range(config.seed, config.seed + config.runs):

@@ -24,8 +24,8 @@ Written by `python results/tables.py` from the reports beside it: a folder is a 
 script or the reports, not this file. All was measured on two cores of a CPU, without a GPU; every run is listed.
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
-both. A "changed" column names what a run's recipe has other than the tuned one, which is the default, or "plain" where it
-is that of `--recipe plain`, and what it has other than that; `--set` changes a constant.
+both. A "changed" column names what a run's recipe has other than the tuned one, which is the default, or than the plain
+one where it begins with "plain"; `--recipe` and `--set` change them.
 
 ## The default command
 
@@ -42,8 +42,9 @@ For tuning: trained on 45,000 training images, evaluated on the other 5,000 (`--
 
 {holdout}
 
-The run without whitening and identity is of a version of the script that had neither yet. The recipe's own two runs have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less
-apart than two seeds of one recipe are, so too close to call.
+The run without whitening and identity is of a version of the script that had neither yet. The recipe's own two runs
+have a mean of {recipe_mean}, those with epsilon 1e-08 one of {epsilon_mean}: less apart than two seeds of one recipe
+are, so too close to call.
 
 ## Ablations
 
@@ -61,17 +62,19 @@ LRMAX in factors of 2, LRMIN 0.0001, 8 epochs on the same held-out images:
 
 {grid}
 
-### Around the rates of the plain recipe
-
-`--recipe plain`, else as above. "Behind" is the distance to its best row:
+The same of the plain recipe, `--recipe plain`; "behind" is the distance to its best row:
 
 {plain_grid}
 
 ## Sweeps
 
-`python train.py --epochs 0 --runs 10`, for each recipe, batch size and precision:
+`python train.py --epochs 0 --runs 10`, for each batch size and precision:
 
 {sweeps}
+
+The same of the plain recipe:
+
+{plain_sweeps}
 
 In fp32 and in bf16 the sweeps of one seed find LRMAX at most {apart} apart; in {same} of the {pairs} pairs it is the
 same.
@@ -207,7 +210,7 @@ def sweep_table(reports):
 
 
 def valley(lrs, losses):
-    """Return the rate two thirds of the way down the longest valley: the longest run of ever lower losses, with gaps."""
+    """Return the rate halfway down the longest valley: the longest run of ever lower losses, whatever lies between."""
     length = [1] * len(losses)  # of the longest such run that ends at each loss
     for i, loss in enumerate(losses):
         length[i] += max((length[j] for j in range(i) if losses[j] > loss), default=0)
@@ -266,6 +269,8 @@ def quotes():
 def readme():
     """Return the text of results/README.md."""
     default, holdout, grid, sweeps = map(load, ("default", "holdout", "grid", "sweeps"))
+    plain_grid, plain_sweeps = load("plain-grid"), load("plain-sweeps")
+    best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
     check_alike(default.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if changes(report) == "-"]
@@ -281,8 +286,9 @@ def readme():
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
         ablations=short_runs(ablations, at_60),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
-        grid=short_runs(grid, at_60),
-        sweeps=sweep_table(sweeps), apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
+        grid=short_runs(grid, at_60), plain_grid=short_runs(plain_grid, best_plain),
+        sweeps=sweep_table(sweeps), plain_sweeps=sweep_table(plain_sweeps),
+        rules=rules_table({**sweeps, **plain_sweeps}), apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
         same=sum(min(pair) == max(pair) for pair in pairs), pairs=len(pairs))
 
 
