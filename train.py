@@ -95,11 +95,12 @@ class Recipe:
     # has fewer steps than this.
     sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
     sweep_steps: int = constant(100, "[2, 100000]")
-    # What it reads off the smoothed loss, as fractions of its fall: LRMIN where the fall begins, and where it is done;
-    # LRMAX lies so many times above the latter.
-    sweep_begun: float = constant(0.1, "(0, 1)")
-    sweep_done: float = constant(0.75, "(0, 1)")
-    sweep_factor: float = constant(16.0, "(0, inf)")
+    # Of the rates at which the smoothed loss of the sweep is within this fraction of its lowest, the highest times the
+    # factor is LRMAX: weights that have warmed up bear more than those, which have hardly trained. LRMIN is LRMAX over
+    # the ratio.
+    sweep_margin: float = constant(0.02, "[0, inf)")
+    sweep_factor: float = constant(1.5, "(0, inf)")
+    lr_ratio: float = constant(300.0, "[1, inf)")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -116,8 +117,8 @@ class Recipe:
                 raise ValueError(f"{field.name} is {value!r}: {needed} is needed")
         if self.l2 and self.memory_epochs < math.inf:
             raise ValueError(f"l2 is {self.l2!r}: memory_epochs has to be inf beside it")
-        if self.sweep_range[0] >= self.sweep_range[1] or self.sweep_begun >= self.sweep_done:
-            raise ValueError("sweep_range has to go up, and sweep_begun to be less than sweep_done")
+        if self.sweep_range[0] >= self.sweep_range[1]:
+            raise ValueError(f"sweep_range is {self.sweep_range}: it has to go up")
 
 
 def lies_in(value, interval):
@@ -528,7 +529,7 @@ def weight_decay(recipe, lr_max, steps_per_epoch):
 # ---- Learning-rate range sweep ---------------------------------------------------------------------------------------
 
 def find_rates(run, on_step=None):
-    """Train while the rate rises exponentially, and read LRMIN and LRMAX off the loss (L. Smith, arXiv:1506.01186).
+    """Train while the rate rises exponentially, and read LRMAX off the loss (L. Smith, arXiv:1506.01186).
 
     Stops where the loss is NaN or has climbed back by all that it fell. The run is afterwards what it was.
     `on_step(step, steps, learning rate, loss)` is called after each step.
@@ -568,29 +569,29 @@ def find_rates(run, on_step=None):
 
 
 def smooth(losses, steps_per_decade):
-    """Return the centred moving average of a list over half a decade of learning rate; it has no lag."""
+    """Return the centred moving average of a list over half a decade of learning rate, taken twice; it has no lag."""
     half = round(steps_per_decade / 4)
-    return [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+    for _ in range(2):
+        losses = [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+    return losses
 
 
 def read_sweep(recipe, lrs, smoothed):
     """Return (lr_min, lr_max) by `sweep_rule`. Raises UserError where the loss never falls."""
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    fall = smoothed[0] - smoothed[lowest]
-    if fall <= 0:
+    lowest = min(smoothed)
+    if lowest == smoothed[0]:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Give --lr-max and --lr-min to train without it.")
-    begun, done = (smoothed[0] - part * fall for part in (recipe.sweep_begun, recipe.sweep_done))
-    lr_begun, lr_done = (next(lr for lr, loss in zip(lrs, smoothed) if loss <= level) for level in (begun, done))
-    lost = (i for i in range(lowest, len(smoothed)) if smoothed[i] > done)
-    return lr_begun, min(recipe.sweep_factor * lr_done, lrs[next(lost, len(smoothed)) - 1])
+                        "Give --lr-max to train without it.")
+    highest = max(lr for lr, loss in zip(lrs, smoothed) if loss <= (1 + recipe.sweep_margin) * lowest)
+    lr_max = min(recipe.sweep_factor * highest, lrs[-1])
+    return lr_max / recipe.lr_ratio, lr_max
 
 
 def sweep_rule(recipe):
     """Return in words how `read_sweep` finds both rates."""
-    return (f"LRMIN is the first rate by which {recipe.sweep_begun:.0%} of the smoothed loss's fall is done, LRMAX "
-            f"{recipe.sweep_factor:g} times the first rate by which {recipe.sweep_done:.0%} of it is done, but "
-            f"no rate at which {1 - recipe.sweep_done:.0%} of it is lost again.")
+    return (f"LRMAX is {recipe.sweep_factor:g} times the highest rate at which the smoothed loss is within "
+            f"{recipe.sweep_margin:.0%} of its lowest, but no rate that the sweep did not reach; LRMIN is LRMAX / "
+            f"{recipe.lr_ratio:g}.")
 
 
 # ---- Evaluation and training -----------------------------------------------------------------------------------------
@@ -704,7 +705,7 @@ def parse_arguments(argv=None):
     option("--batch-size", "images in a step", f"{Recipe.batch_size}, or all training images where they are fewer",
            type=number(int, ALLOWED["batch_size"]), metavar="N")
     option("--lr-max", "peak learning rate", "found by the sweep", type=number(float, "(0, inf)"), metavar="RATE")
-    option("--lr-min", "first and last learning rate", "found by the sweep", type=number(float, "(0, inf)"),
+    option("--lr-min", "first and last learning rate", "a fraction of LRMAX", type=number(float, "(0, inf)"),
            metavar="RATE")
     option("--seed", "of weights, shuffling and augmentation", type=number(int, "[0, 4294967295]"), default=0,
            metavar="N")
@@ -1001,7 +1002,7 @@ def plot_sweep(figure, sweep, lr_min, lr_max):
     """Draw the loss over the learning rate, with both rates that training took marked."""
     axes = figure.subplots()
     axes.semilogx(sweep["lr"], sweep["loss"], color="tab:blue", alpha=0.3, label="loss of each step")
-    axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed over half a decade")
+    axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed")
     axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))  # a diverged end would flatten the rest
@@ -1088,16 +1089,17 @@ def save_figures(output, report, run, classes):
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 def choose_rates(config, run, report):
-    """Put into the report the rates that were given, those that a sweep finds, and the weight decay that follows."""
-    lr_min, lr_max = config.lr_min, config.lr_max
-    if None in (lr_min, lr_max):
+    """Put into the report the rates that were given, what a sweep finds, and the weight decay that follows."""
+    lr_max = config.lr_max
+    if lr_max is None:
         started = time.perf_counter()
         found = find_rates(run, status_line(run, sweeping=True))
         report["lr_sweep"], report["summary"]["sweep_seconds"] = found.sweep, time.perf_counter() - started
-        lr_min, lr_max = lr_min or found.lr_min, lr_max or found.lr_max
+        lr_max = found.lr_max
+    lr_min = config.lr_min or lr_max / config.recipe.lr_ratio
     if lr_min > lr_max:
-        raise UserError(f"LRMIN {lr_min:.2g} is above LRMAX {lr_max:.2g}: the sweep found the one, the other was "
-                        f"given.\nGive both --lr-max and --lr-min.")
+        raise UserError(f"LRMIN {lr_min:.2g} is above LRMAX {lr_max:.2g}, which the sweep found.\n"
+                        f"Give --lr-max as well, or neither.")
     report["config"].update(lr_min=lr_min, lr_max=lr_max,
                             weight_decay=weight_decay(run.recipe, lr_max, run.steps_per_epoch))
 
