@@ -760,7 +760,7 @@ def parse_arguments(argv=None):
 NO_INFLUENCE = ("recipe_name", "runs", "data_dir", "output", "checkpoint", "weights", "figures")
 
 
-def constants(recipe):
+def recipe_values(recipe):
     """Return a recipe as the report and the checkpoint have it, in values of JSON, which has no tuples or infinity."""
     return {name: list(value) if isinstance(value, tuple) else str(value) if value == math.inf else value
             for name, value in vars(recipe).items()}
@@ -768,7 +768,7 @@ def constants(recipe):
 
 def describe(config):
     """Return a configuration as the report and the checkpoint have it: a dictionary of plain values."""
-    recipe = constants(config.recipe)
+    recipe = recipe_values(config.recipe)
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
     return {"epochs": recipe.pop("epochs"), "batch_size": recipe.pop("batch_size"), **values, "recipe": recipe}
 
@@ -926,7 +926,7 @@ def status_line(run, sweeping=False):
 def print_heading(report):
     """Print what is being run, and on what."""
     config, data, environment = report["config"], report["data"], report["environment"]
-    usual = constants(RECIPES[config["recipe_name"]])
+    usual = recipe_values(RECIPES[config["recipe_name"]])
     changed = [f", {name} {value} instead of {usual[name]}" for name, value in config["recipe"].items()
                if value != usual[name]]
     print(f"recipe     {config['recipe_name']}{''.join(changed)}\n"

@@ -25,9 +25,9 @@ script or the reports, not this file. All was measured on two cores of a CPU, wi
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
 both. A "changed" column names what a run's recipe has other than the tuned one, which is the default, or than the plain
-one where it begins with "plain"; `--recipe` and `--set` change them. A rate marked "found" is what the sweep found by
-the rule of an earlier version: 16 times the first rate by which 75% of the fall of the loss was done, but none at which
-25% of it was lost again; LRMIN where 10% of it was done.
+one where it begins with "plain"; `--recipe` and `--set` change them. The earlier rule for LRMAX was 16 times the first
+rate by which 75% of the fall of the loss was done, but none at which 25% of it was lost again; for LRMIN, the first by
+which 10% of it was done.
 
 ## The default command
 
@@ -76,12 +76,10 @@ recorded losses:
 
 {sweeps}
 
-The same of the plain recipe:
+In fp32 and in bf16 the sweeps of one seed find LRMAX at most {apart} apart; in {same} of the {pairs} pairs it is the
+same. The plain recipe:
 
 {plain_sweeps}
-
-In fp32 and in bf16 the sweeps of one seed find LRMAX at most {apart} apart; in {same} of the {pairs} pairs it is the
-same.
 
 ## Rules for reading a sweep
 
@@ -138,27 +136,27 @@ def recipe_name(report):
     return report["config"].get("recipe_name", "tuned")
 
 
-def constants(report):
-    """Return the recipe of a report. Constants that its version of the script had not yet are what it did without."""
-    recipe = report["config"]["recipe"]
-    before = {"annihilation": 1.0, "l2": 0.0, "flips": "alternating", "initialisation": "identity"}
-    if "whitening_images" not in recipe:
-        before.update(whitening_images=0, initialisation="default")
-    return {**before, **recipe}
+def by_earlier_rule(report):
+    """Tell whether the rates that a report's sweep found are those of the rule before today's."""
+    return "sweep_margin" not in report["config"]["recipe"]
 
 
 def changes(report):
     """Return in words how the recipe of a report differs from the tuned one."""
-    name = recipe_name(report)
-    usual = train.constants(train.RECIPES[name])
-    changed = [f"{constant} {value}" for constant, value in constants(report).items()
-               if constant in usual and not constant.startswith("sweep_") and value != usual[constant]]
+    name, recipe = recipe_name(report), report["config"]["recipe"]
+    if "whitening_images" not in recipe:  # a version of the script that had neither the one nor the other
+        recipe = {**recipe, "initialisation": "default", "whitening_images": 0}
+    usual = train.recipe_values(train.RECIPES[name])
+    changed = [f"{constant} {value}" for constant, value in recipe.items()
+               if constant in usual and value != usual[constant]
+               and not (by_earlier_rule(report) and constant.startswith("sweep_"))]  # which `rate` tells
     return ", ".join(([] if name == "tuned" else [name]) + changed) or "-"
 
 
 def rate(report):
     """Return LRMAX, and whether the sweep found it."""
-    return f"{report['config']['lr_max']:.3g}{' found' if report['lr_sweep'] else ''}"
+    how = " found" + " by the earlier rule" * by_earlier_rule(report) if report["lr_sweep"] else ""
+    return f"{report['config']['lr_max']:.3g}{how}"
 
 
 def found(report):
@@ -198,8 +196,10 @@ def whole_runs(reports):
 
 
 def what_varies(report):
-    """Return what sets a report apart but its seed: its recipe, and LRMAX where it was given."""
-    return changes(report), None if report["lr_sweep"] else report["config"]["lr_max"]
+    """Return what sets a report apart but its seed: its recipe, and LRMAX or, where it was found, by which rule."""
+    if report["lr_sweep"]:
+        return changes(report), "earlier rule" if by_earlier_rule(report) else "today's rule"
+    return changes(report), report["config"]["lr_max"]
 
 
 def short_runs(reports, reference):
