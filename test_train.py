@@ -404,23 +404,34 @@ def test_sweep_is_read_by_its_rule():
     # Where the fall began, and how far it went, is of no account: logits of another scale start at another loss.
     assert train.read_sweep(recipe, lrs, [30.0, 9.0, *smoothed[2:]]) == pytest.approx((6e-2, 3.0))
     assert train.read_sweep(recipe, lrs[:5], smoothed[:5]) == pytest.approx((2e-4, 1e-2))  # at most the last rate
+    assert "is 3 times" in train.sweep_rule(recipe) and "within 15% of" in train.sweep_rule(recipe)
     with pytest.raises(train.UserError, match="no learning rate"):
         train.read_sweep(recipe, lrs[:3], [1.0, 1.5, 2.0])
 
 
 def test_smoothing_is_centred():
     line = [float(i) for i in range(50)]
-    assert train.smooth(line, 16)[8:-8] == pytest.approx(line[8:-8])  # a straight line keeps its place: no lag
-    assert np.std(train.smooth([(-1.0) ** i for i in range(50)], 16)[4:-4]) < 0.15
+    assert train.smooth(line, 16)[16:-16] == pytest.approx(line[16:-16])  # a straight line keeps its place: no lag
+    assert np.std(train.smooth([(-1.0) ** i for i in range(50)], 16)[8:-8]) < 0.05
 
 
-def sweep_of(monkeypatch, steps, losses):
-    """Return the Rates that a sweep of `steps` finds where `losses(learning rates)` yields the loss of each step."""
-    run = SimpleNamespace(recipe=Recipe(), seed=0, train=None, steps_per_epoch=steps, state=dict, load_state=dict)
+def sweep_of(monkeypatch, steps, losses, recipe=None):
+    """Return the Rates that a sweep finds where an epoch has `steps` and `losses(learning rates)` yields their loss.
+
+    The sweep has as many steps as an epoch, unless a `recipe` says otherwise.
+    """
+    run = SimpleNamespace(recipe=recipe or Recipe(sweep_steps=steps), seed=0, train=None, steps_per_epoch=steps,
+                          state=dict, load_state=dict)
     monkeypatch.setattr(train, "augmented_batches", lambda *arguments: iter(range(steps)))
     monkeypatch.setattr(train, "take_steps", lambda run, batches, schedule: (
-        (torch.tensor(loss), None) for loss in losses([lr for lr, _ in schedule])))
+        (torch.tensor(loss), None) for loss, _ in zip(losses([lr for lr, _ in schedule]), batches)))
     return train.find_rates(run)
+
+
+@pytest.mark.parametrize("per_epoch, steps", [(1, 8), (49, 98), (98, 196), (150, 200), (391, 391)])
+def test_a_sweep_has_200_steps_but_one_epoch_at_least_and_two_at_most(per_epoch, steps, monkeypatch):
+    rates = sweep_of(monkeypatch, per_epoch, lambda lrs: (1 / (1 + i) for i in range(len(lrs))), Recipe())
+    assert len(rates.sweep["lr"]) == steps and rates.sweep["lr"][-1] == pytest.approx(Recipe.sweep_range[1])
 
 
 @pytest.mark.parametrize("curvature", [1.0, 50.0, 2000.0])
@@ -428,7 +439,7 @@ def sweep_of(monkeypatch, steps, losses):
 def test_sweep_finds_the_known_rate_of_a_quadratic(curvature, seed, monkeypatch):
     def losses(lrs):  # of gradient descent on least squares with Hessian eigenvalues up to `curvature`, noisy targets
         generator = torch.Generator().manual_seed(seed)
-        weight = 3 * torch.randn(8, generator=generator)
+        weight = 3 / math.sqrt(curvature) * torch.randn(8, generator=generator)
         scales = math.sqrt(curvature / 2) * torch.linspace(0.5, 1.0, 8)
         for lr in lrs:
             inputs = torch.randn(256, 8, generator=generator) * scales
@@ -436,25 +447,26 @@ def test_sweep_finds_the_known_rate_of_a_quadratic(curvature, seed, monkeypatch)
             yield errors.square().mean().item()  # Hessian 2 E[x x^T]: eigenvalues 2 scales^2
             weight = weight - lr * 2 * inputs.T @ errors / 256
 
-    rates = sweep_of(monkeypatch, 100, losses)
+    rates = sweep_of(monkeypatch, 200, losses)
     largest_stable_rate = 2 / curvature  # gradient descent diverges beyond it
     if largest_stable_rate < Recipe.sweep_range[1]:
         assert largest_stable_rate / 2 < rates.lr_max < largest_stable_rate * 2
-        assert len(rates.sweep["lr"]) < 100, "it did not stop at divergence"
+        assert len(rates.sweep["lr"]) < 200, "it did not stop at divergence"
         assert max(rates.sweep["loss"]) < 1e6 * rates.sweep["loss"][0]
     else:
         assert rates.lr_max == pytest.approx(Recipe.sweep_range[1])
     assert rates.lr_min < rates.lr_max / 5
     assert len(rates.sweep["lr"]) == len(rates.sweep["loss"]) == len(rates.sweep["smoothed_loss"])
-    assert np.diff(np.log(rates.sweep["lr"])) == pytest.approx(math.log(1e6) / 99)
+    assert np.diff(np.log(rates.sweep["lr"])) == pytest.approx(math.log(1e6) / 199)
 
 
 @pytest.mark.parametrize("loss, steps", [
-    (lambda step: 1.5 + 0.5 * math.cos(math.pi * min(step, 40) / 40) + max(0, step - 60) / 20, range(81, 90)),
-    (lambda step: 2.0 if step < 20 else 1.0 if step < 60 else 1.8, [100]),
-    (lambda step: 1.0 if step < 20 else 1.05 if step < 40 else 0.5, [100])],
-    ids=["climbs back", "climbs less", "noise first"])
-def test_sweep_ends_where_the_loss_has_climbed_back_and_not_before(loss, steps, monkeypatch):
+    (lambda step: 1.5 + 0.5 * math.cos(math.pi * min(step, 40) / 40) + max(0, step - 60) / 20, range(71, 78)),
+    (lambda step: 2.0 if step < 20 else 1.0 if step < 60 else 1.4, [100]),
+    (lambda step: 1.0 if step < 20 else 1.4 if step < 40 else 0.5, [100]),
+    (lambda step: 4.0 if step == 50 else 1.0 - step / 1000, [100])],
+    ids=["climbs", "climbs less", "climbs less at first", "one bad batch"])
+def test_sweep_ends_where_the_loss_has_climbed_and_not_before(loss, steps, monkeypatch):
     assert len(sweep_of(monkeypatch, 100, lambda lrs: map(loss, range(100))).sweep["lr"]) in steps
 
 

@@ -94,12 +94,12 @@ class Recipe:
     # The sweep raises the rate exponentially from the first value to the second in one epoch; in up to two where one
     # has fewer steps than this.
     sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
-    sweep_steps: int = constant(100, "[2, 100000]")
+    sweep_steps: int = constant(200, "[2, 100000]")
     # Of the rates at which the smoothed loss of the sweep is within this fraction of its lowest, the highest times the
-    # factor is LRMAX: weights that have warmed up bear more than those, which have hardly trained. LRMIN is LRMAX over
-    # the ratio.
-    sweep_margin: float = constant(0.02, "[0, inf)")
-    sweep_factor: float = constant(1.5, "(0, inf)")
+    # factor is LRMAX: the average, from half to twice the rate, sees a climb of the loss that far ahead. LRMIN is LRMAX
+    # over the ratio.
+    sweep_margin: float = constant(0.025, "[0, inf)")
+    sweep_factor: float = constant(2.0, "(0, inf)")
     lr_ratio: float = constant(300.0, "[1, inf)")
 
     def __post_init__(self):
@@ -139,7 +139,7 @@ RECIPES = {"tuned": Recipe(),
 
 MEMORY_FEWEST_STEPS = 100  # or BatchNorm's running statistics would lag behind weights that decay
 SWEEP_FEWEST_STEPS = 8  # a sweep of a handful of batches repeats them rather than leap over the rates that matter
-SWEEP_NOISE = 0.1  # a climb of the loss by less than this fraction of its first value does not end a sweep
+SWEEP_CLIMB = 1.5  # a sweep ends where the loss, smoothed, is above its lowest times this
 SWEEP_EPOCH = 900_000  # numbers the sweep's epochs, so that its random draws are none of training's
 EVAL_BATCH_SIZE = 2000
 
@@ -531,7 +531,7 @@ def weight_decay(recipe, lr_max, steps_per_epoch):
 def find_rates(run, on_step=None):
     """Train while the rate rises exponentially, and read LRMAX off the loss (L. Smith, arXiv:1506.01186).
 
-    Stops where the loss is NaN or has climbed back by all that it fell. The run is afterwards what it was.
+    Stops where the loss is NaN or has climbed to 1.5 times its lowest. The run is afterwards what it was.
     `on_step(step, steps, learning rate, loss)` is called after each step.
     Returns Rates, whose `sweep` has the lists `lr`, `loss` (of each batch before its step) and `smoothed_loss`, both
     rates again, and the `rule`. Raises UserError where the loss never falls.
@@ -544,19 +544,18 @@ def find_rates(run, on_step=None):
                for batch in augmented_batches(recipe, run.train, run.seed, epoch))
     before = copy.deepcopy(run.state())
     window = max(1, round(steps_per_decade / 2))  # the loss is watched as its mean over so many steps
-    losses, totals, lowest = [], [0.0], math.inf
+    losses, lowest = [], math.inf
     try:
         for loss, _ in take_steps(run, batches, ((lr, recipe.beta1[1]) for lr in lrs)):
             if not math.isfinite(loss.item()):
                 break
             losses.append(loss.item())
-            totals.append(totals[-1] + losses[-1])
             if on_step:
                 on_step(len(losses), steps, lrs[len(losses) - 1], loss)
             if len(losses) >= window:
-                begun, level = totals[window] / window, (totals[-1] - totals[-1 - window]) / window
+                level = statistics.fmean(losses[-window:])
                 lowest = min(lowest, level)
-                if level - lowest > max(begun - lowest, SWEEP_NOISE * begun):
+                if level > SWEEP_CLIMB * lowest:
                     break
     finally:
         run.load_state(before)
@@ -569,8 +568,8 @@ def find_rates(run, on_step=None):
 
 
 def smooth(losses, steps_per_decade):
-    """Return the centred moving average of a list over half a decade of learning rate, taken twice; it has no lag."""
-    half = round(steps_per_decade / 4)
+    """Return the centred moving average of a list from half to twice the learning rate, taken twice; it has no lag."""
+    half = round(steps_per_decade * math.log10(2))
     for _ in range(2):
         losses = [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
     return losses
@@ -589,9 +588,9 @@ def read_sweep(recipe, lrs, smoothed):
 
 def sweep_rule(recipe):
     """Return in words how `read_sweep` finds both rates."""
-    return (f"LRMAX is {recipe.sweep_factor:g} times the highest rate at which the smoothed loss is within "
-            f"{recipe.sweep_margin:.0%} of its lowest, but no rate that the sweep did not reach; LRMIN is LRMAX / "
-            f"{recipe.lr_ratio:g}.")
+    return (f"LRMAX is {recipe.sweep_factor:g} times the highest rate at which the loss, smoothed from half to twice "
+            f"the rate, is within {100 * recipe.sweep_margin:g}% of its lowest, but no rate that the sweep did not "
+            f"reach; LRMIN is LRMAX / {recipe.lr_ratio:g}.")
 
 
 # ---- Evaluation and training -----------------------------------------------------------------------------------------

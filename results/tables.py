@@ -36,8 +36,9 @@ which 10% of it was done.
 {default}
 
 {headline}.
-Today's rule makes an LRMAX of {todays} of the sweeps of these runs, in the order of the seeds. In seed 2's
-run other work shared the cores during nine epochs, so its accuracies count, its seconds do not.
+The sweeps of these runs lasted one epoch, and today's last two: today a whole run takes an epoch's time more. What
+today's find is in the table of sweeps below. In seed 2's run other work shared the cores during nine epochs, so its
+accuracies count, its seconds do not.
 
 ## Whole runs on held-out images
 
@@ -69,30 +70,31 @@ The same of the plain recipe, `--recipe plain`; "behind" is the distance to its 
 
 {plain_grid}
 
+Today's sweeps find {plain_found} for it.
+
 ## Sweeps
 
 `python train.py --epochs 0 --runs 10`, for each batch size and precision. The rates are what today's rule reads off the
-recorded losses:
+recorded losses. Today a sweep lasts two epochs, or one where that has 200 steps; those of one epoch at batch 512 are of
+the time when it lasted one where that had 98.
 
 {sweeps}
 
 In fp32 and in bf16 the sweeps of one seed find LRMAX at most {apart} apart; in {same} of the {pairs} pairs it is the
-same. The plain recipe:
-
-{plain_sweeps}
+same. The second epoch is for the plain recipe: in one, its loss starts to climb at rates far apart from seed to seed,
+however it is read.
 
 ## Rules for reading a sweep
 
-What others' rules make of the same losses (bf16; each column is of all its seeds). Each is given what its own library
-gives it, losses smoothed and cut its way: fastai's `valley` and `minimum` (the smoothed loss's lowest point, over 10),
-and the steepest slope of pytorch-lr-finder.
+What others' rules make of the same losses (bf16): largest over smallest LRMAX of all seeds, and the median. Each is
+given what its own library gives it, losses smoothed and cut its way: fastai's `valley` and `minimum` (the smoothed
+loss's lowest point, over 10), and the steepest slope of pytorch-lr-finder.
 
 {rules}
 
-The spread says how steady a rule is, not whether it is right. Ours was chosen on the tuned sweeps and the plain one of
-seed 0, out of some hundred variants of what is read off, of the smoothing and of the margin, so its spread there
-flatters it. The plain sweeps of the other seeds came afterwards, and it is less steady there: the loss of networks that
-begin as PyTorch makes them starts to climb at rates further apart.
+The spread says how steady a rule is, not whether it is right. Ours was chosen on sweeps of one epoch and
+on plain ones of two with seeds 0 to 5, out of some hundred variants of what is read off, of the smoothing and of the
+margin, so its spread there flatters it.
 
 LRMIN is a fixed fraction of LRMAX. An earlier rule found it, and accuracy did not follow: whole runs of the tuned
 recipe reached
@@ -136,9 +138,22 @@ def recipe_name(report):
     return report["config"].get("recipe_name", "tuned")
 
 
+def planned_steps(report):
+    """Return how many steps the sweep of a report would have had, had its loss not ended it."""
+    first, last = report["config"]["recipe"]["sweep_range"]
+    lrs = report["lr_sweep"]["lr"]
+    return 1 + round(math.log(last / first) / math.log(lrs[1] / lrs[0]))
+
+
+def lasts_as_today(report):
+    """Tell whether the sweep of a report had as many steps as today's script gives it."""
+    steps_per_epoch = math.ceil(report["data"]["train_images"] / report["config"]["batch_size"])
+    return planned_steps(report) == max(steps_per_epoch, min(train.Recipe.sweep_steps, 2 * steps_per_epoch))
+
+
 def by_earlier_rule(report):
-    """Tell whether the rates that a report's sweep found are those of the rule before today's."""
-    return "sweep_margin" not in report["config"]["recipe"]
+    """Tell whether the rates that a report's sweep found are not those of today's sweep and rule."""
+    return not lasts_as_today(report) or report["lr_sweep"]["rule"] != train.sweep_rule(train.Recipe())
 
 
 def changes(report):
@@ -149,13 +164,15 @@ def changes(report):
     usual = train.recipe_values(train.RECIPES[name])
     changed = [f"{constant} {value}" for constant, value in recipe.items()
                if constant in usual and value != usual[constant]
-               and not (by_earlier_rule(report) and constant.startswith("sweep_"))]  # which `rate` tells
+               and not constant.startswith("sweep_")]  # which `rate` tells
     return ", ".join(([] if name == "tuned" else [name]) + changed) or "-"
 
 
 def rate(report):
     """Return LRMAX, and whether the sweep found it."""
-    how = " found" + " by the earlier rule" * by_earlier_rule(report) if report["lr_sweep"] else ""
+    how = ""
+    if report["lr_sweep"]:
+        how = " found" + " by the earlier rule" * by_earlier_rule(report)
     return f"{report['config']['lr_max']:.3g}{how}"
 
 
@@ -214,16 +231,27 @@ def short_runs(reports, reference):
     return table(["changed", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "behind, points"], rows)
 
 
+def sweep_epochs(report):
+    """Return how many epochs the sweep of a report would have lasted."""
+    return round(planned_steps(report) * report["config"]["batch_size"] / report["data"]["train_images"])
+
+
+def sweep_kind(report):
+    """Return what sets a sweep apart but its seed and precision: recipe, batch size and how many epochs it lasts."""
+    changed = changes(report)
+    return "tuned" if changed == "-" else changed, report["config"]["batch_size"], sweep_epochs(report)
+
+
 def sweep_table(reports):
-    """Return the table of the rates that sweeps found, a row for each batch size and precision."""
-    check_alike(reports.values(), "epochs", "subset", "holdout", "recipe")  # and so of one recipe
+    """Return the table of the rates that sweeps found, a row for each kind of sweep and precision."""
+    check_alike(reports.values(), "epochs", "subset", "holdout")
     rows = []
-    grouped = groups(reports, lambda report: (report["config"]["batch_size"], report["config"]["precision"]))
-    for (batch_size, precision), group in sorted(grouped.items()):
+    grouped = groups(reports, lambda report: (*sweep_kind(report), report["config"]["precision"]))
+    for kind, group in sorted(grouped.items()):
         lrs = [found(report) for report in group.values()]
-        rows.append([batch_size, precision, len(group), f"{min(lrs):.3g} to {max(lrs):.3g}",
-                     f"{statistics.median(lrs):.3g}", f"{max(lrs) / min(lrs):.2f}"])
-    return table(["batch", "precision", "seeds", "LRMAX", "median", "largest / smallest"], rows)
+        rows.append([*kind, len(group), f"{min(lrs):.3g} to {max(lrs):.3g}", f"{statistics.median(lrs):.3g}",
+                     f"{max(lrs) / min(lrs):.2f}"])
+    return table(["recipe", "batch", "epochs", "precision", "seeds", "LRMAX", "median", "largest / smallest"], rows)
 
 
 def valley(lrs, losses):
@@ -238,33 +266,31 @@ def valley(lrs, losses):
 def others_rules(report):
     """Return what the rules of others make of a report's sweep: a rate by each one's name."""
     lrs, losses = report["lr_sweep"]["lr"], report["lr_sweep"]["loss"]
-    lowest, highest = report["config"]["recipe"]["sweep_range"]
-    planned = 1 + round(math.log(highest / lowest) / math.log(lrs[1] / lrs[0]))  # steps; divergence may end it earlier
     averages, average, smoothed = [], 0.0, losses[:1]
     for step, loss in enumerate(losses):
         average = 0.98 * average + 0.02 * loss  # fastai's AvgSmoothLoss
         averages.append(average / (1 - 0.98 ** (step + 1)))
     for loss in losses[1:]:
         smoothed.append(0.05 * loss + 0.95 * smoothed[-1])  # pytorch-lr-finder's smooth_f
-    start = planned // 10
+    start = planned_steps(report) // 10
     return {"fastai, valley": valley(lrs[start:-5], averages[start:-5]),
             "fastai, minimum / 10": lrs[start:-5][int(np.argmin(averages[start:-5]))] / 10,
             "pytorch-lr-finder, steepest": lrs[10:-5][int(np.gradient(smoothed[10:-5]).argmin())]}
 
 
 def rules_table(sweeps):
-    """Return the table of what each rule finds on the same sweeps, a column for each recipe and batch size."""
+    """Return the table of what each rule finds on the same sweeps, a row for each kind of sweep."""
     grouped = groups({name: report for name, report in sweeps.items() if report["config"]["precision"] == "bf16"},
-                     lambda report: (recipe_name(report), report["config"]["batch_size"]))
-    by_rule = {}  # then by column
-    for column, group in grouped.items():
+                     sweep_kind)
+    rows = []
+    for kind, group in sorted(grouped.items()):
+        found_by = {}  # each rule, of every seed
         for report in group.values():
             for rule, lr in {"ours": found(report), **others_rules(report)}.items():
-                by_rule.setdefault(rule, {}).setdefault(column, []).append(lr)
-    rows = [[rule, *(f"{max(lrs) / min(lrs):.2f} ({statistics.median(lrs):.2g})" for lrs in
-                     (by_rule[rule][column] for column in sorted(grouped)))] for rule in by_rule]
-    return table(["rule: largest / smallest LRMAX (median)",
-                  *(f"{name}, batch {size}, {len(grouped[name, size])} seeds" for name, size in sorted(grouped))], rows)
+                found_by.setdefault(rule, []).append(lr)
+        rows.append([*kind, len(group), *(f"{max(lrs) / min(lrs):.2f} ({statistics.median(lrs):.2g})"
+                                          for lrs in found_by.values())])
+    return table(["recipe", "batch", "epochs", "seeds", *found_by], rows)
 
 
 def lr_min_fractions(*studies):
@@ -285,16 +311,18 @@ def quotes():
     rows = [[report["config"]["seed"], f"{accuracy(report):.2%}", f"{report['summary']['tta_test_accuracy']:.2%}",
              *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in reports]
     results = table(["seed", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
-    sweeps = load("sweeps").values()
-    rates = [[found(report) for report in sweeps if report["config"]["batch_size"] == size]
-             for size in (128, 512, 1024)]
-    plain = [found(report) for report in load("plain-sweeps").values()]
+    sweeps = [report for report in load("sweeps").values() if lasts_as_today(report)]
+    by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
+    rates = [list(map(found, reports)) for reports in by_size]
+    seeds = [len({report["config"]["seed"] for report in reports}) for reports in by_size]
+    plain = [found(report) for report in load("plain-sweeps").values() if lasts_as_today(report)]
     took, todays = ([f"{lr:.3g}" for lr in (min(lrs), max(lrs))] for lrs in
-                    ([report["config"]["lr_max"] for report in reports], list(map(found, reports))))
+                    ([report["config"]["lr_max"] for report in reports], rates[1]))
     return {"headline": headline, "results": results,
             "rates": f"LRMAX {took[0]} to {took[1]}, where today's finds {todays[0]} to {todays[1]}",
             "minutes": f"{min(seconds) / 60:.0f} minutes",
             "factor": f"within a factor of {max(max(lrs) / min(lrs) for lrs in rates):.2f}",
+            "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
             "plain factor": f"one of {max(plain) / min(plain):.2f} over {len(plain)}"}
 
 
@@ -303,6 +331,7 @@ def readme():
     default, holdout, grid, sweeps = map(load, ("default", "holdout", "grid", "sweeps"))
     plain_grid, plain_sweeps = load("plain-grid"), load("plain-sweeps")
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
+    plain_found = [found(report) for report in plain_sweeps.values() if lasts_as_today(report)]
     check_alike(default.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if changes(report) == "-"]
@@ -312,16 +341,16 @@ def readme():
              for group in groups({**ablations, **grid}, what_varies).values()]
     gaps = [100 * (max(accuracies) - min(accuracies)) for accuracies in seeds if len(accuracies) > 1]
     pairs = [[found(report) for report in pair.values()] for pair in
-             groups(sweeps, lambda report: (report["config"]["batch_size"], report["config"]["seed"])).values()]
+             groups(sweeps, lambda report: (*sweep_kind(report), report["config"]["seed"])).values() if len(pair) == 2]
     return TEXT.format(
         default=whole_runs(default), headline=f"Accuracy: {quotes()['headline']}",
-        todays=", ".join(f"{found(report):.3g}" for report in default.values()),
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
         ablations=short_runs(ablations, at_60),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
         grid=short_runs(grid, at_60), plain_grid=short_runs(plain_grid, best_plain),
-        sweeps=sweep_table(sweeps), plain_sweeps=sweep_table(plain_sweeps),
-        rules=rules_table({**sweeps, **plain_sweeps}), fractions=lr_min_fractions(list(default.values()), own),
+        plain_found=f"{min(plain_found):.3g} to {max(plain_found):.3g}",
+        sweeps=sweep_table({**plain_sweeps, **sweeps}),
+        rules=rules_table({**plain_sweeps, **sweeps}), fractions=lr_min_fractions(list(default.values()), own),
         apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
         same=sum(min(pair) == max(pair) for pair in pairs), pairs=len(pairs))
 
