@@ -151,6 +151,11 @@ def lasts_as_today(report):
     return planned_steps(report) == max(steps_per_epoch, min(train.Recipe.sweep_steps, 2 * steps_per_epoch))
 
 
+def todays_sweeps(study):
+    """Return the reports of a study whose sweeps had as many steps as today's."""
+    return [report for report in load(study).values() if lasts_as_today(report)]
+
+
 def by_earlier_rule(report):
     """Tell whether the rates that a report's sweep found are not those of today's sweep and rule."""
     return not lasts_as_today(report) or report["lr_sweep"]["rule"] != train.sweep_rule(train.Recipe())
@@ -311,11 +316,11 @@ def quotes():
     rows = [[report["config"]["seed"], f"{accuracy(report):.2%}", f"{report['summary']['tta_test_accuracy']:.2%}",
              *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in reports]
     results = table(["seed", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
-    sweeps = [report for report in load("sweeps").values() if lasts_as_today(report)]
+    sweeps = todays_sweeps("sweeps")
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, reports)) for reports in by_size]
     seeds = [len({report["config"]["seed"] for report in reports}) for reports in by_size]
-    plain = [found(report) for report in load("plain-sweeps").values() if lasts_as_today(report)]
+    plain = list(map(found, todays_sweeps("plain-sweeps")))
     took, todays = ([f"{lr:.3g}" for lr in (min(lrs), max(lrs))] for lrs in
                     ([report["config"]["lr_max"] for report in reports], rates[1]))
     return {"headline": headline, "results": results,
@@ -331,7 +336,7 @@ def readme():
     default, holdout, grid, sweeps = map(load, ("default", "holdout", "grid", "sweeps"))
     plain_grid, plain_sweeps = load("plain-grid"), load("plain-sweeps")
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
-    plain_found = [found(report) for report in plain_sweeps.values() if lasts_as_today(report)]
+    plain_found = list(map(found, todays_sweeps("plain-sweeps")))
     check_alike(default.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if changes(report) == "-"]
