@@ -537,7 +537,7 @@ def find_rates(run, on_step=None):
     rates again, and the `rule`. Raises UserError where the loss never falls.
     """
     recipe, (first, last) = run.recipe, run.recipe.sweep_range
-    steps = max(run.steps_per_epoch, min(recipe.sweep_steps, 2 * run.steps_per_epoch), SWEEP_FEWEST_STEPS)
+    steps = sweep_length(recipe, run.steps_per_epoch)
     lrs = [first * (last / first) ** (step / (steps - 1)) for step in range(steps)]
     steps_per_decade = (steps - 1) / math.log10(last / first)
     batches = (batch for epoch in itertools.count(SWEEP_EPOCH)
@@ -565,6 +565,11 @@ def find_rates(run, on_step=None):
     lr_min, lr_max = read_sweep(recipe, lrs, smoothed)
     return Rates(lr_min, lr_max, {"lr": lrs, "loss": losses, "smoothed_loss": smoothed, "lr_max": lr_max,
                                   "lr_min": lr_min, "rule": sweep_rule(recipe)})
+
+
+def sweep_length(recipe, steps_per_epoch):
+    """Return how many steps a sweep has: those of the recipe, but one epoch at least and two at most."""
+    return max(steps_per_epoch, min(recipe.sweep_steps, 2 * steps_per_epoch), SWEEP_FEWEST_STEPS)
 
 
 def smooth(losses, steps_per_decade):

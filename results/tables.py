@@ -169,12 +169,12 @@ def planned_steps(report):
 def lasts_as_today(report):
     """Tell whether the sweep of a report had as many steps as today's script gives it."""
     steps_per_epoch = math.ceil(report["data"]["train_images"] / report["config"]["batch_size"])
-    return planned_steps(report) == max(steps_per_epoch, min(train.Recipe.sweep_steps, 2 * steps_per_epoch))
+    return planned_steps(report) == train.sweep_length(train.Recipe(), steps_per_epoch)
 
 
-def todays_sweeps(study):
-    """Return the reports of a study whose sweeps had as many steps as today's."""
-    return [report for report in load(study).values() if lasts_as_today(report)]
+def todays_sweeps(reports):
+    """Return those of a study's reports whose sweeps had as many steps as today's."""
+    return [report for report in reports.values() if lasts_as_today(report)]
 
 
 def by_earlier_rule(report):
@@ -202,9 +202,7 @@ def recipe_in_words(report):
 
 def rate(report):
     """Return LRMAX, and whether the sweep found it."""
-    how = ""
-    if report["lr_sweep"]:
-        how = " found" + " by the earlier rule" * by_earlier_rule(report)
+    how = " found" + " by the earlier rule" * by_earlier_rule(report) if report["lr_sweep"] else ""
     return f"{report['config']['lr_max']:.3g}{how}"
 
 
@@ -244,14 +242,19 @@ def whole_runs(reports):
                   "training, s", "whole run, s"], rows)
 
 
+def recipe_and_rates(report):
+    """Return a report's key in REPORTED."""
+    config = report["config"]
+    return recipe_in_words(report), None if report["lr_sweep"] else (config["lr_max"], config["lr_min"])
+
+
 def letter_table(reports):
     """Return the table of the plain recipe and of ours over whole runs, beside what others reported of it.
 
     Raises ValueError where a report belongs in no row of REPORTED.
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout")
-    grouped = groups(reports, lambda report: (recipe_in_words(report), None if report["lr_sweep"] else
-                                              (report["config"]["lr_max"], report["config"]["lr_min"])))
+    grouped = groups(reports, recipe_and_rates)
     if grouped.keys() - REPORTED.keys():
         raise ValueError(f"no row for {grouped.keys() - REPORTED.keys()}")
     rows = []
@@ -366,13 +369,12 @@ def quotes():
     rows = [[report["config"]["seed"], f"{accuracy(report):.2%}", f"{report['summary']['tta_test_accuracy']:.2%}",
              *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in reports]
     results = table(["seed", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
-    plain_runs = [report for report in load("letter").values()
-                  if recipe_in_words(report) == "plain" and report["lr_sweep"]]
-    sweeps = todays_sweeps("sweeps")
+    plain_runs = [report for report in load("letter").values() if recipe_and_rates(report) == ("plain", None)]
+    sweeps = todays_sweeps(load("sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, reports)) for reports in by_size]
     seeds = [len({report["config"]["seed"] for report in reports}) for reports in by_size]
-    plain = list(map(found, todays_sweeps("plain-sweeps")))
+    plain = list(map(found, todays_sweeps(load("plain-sweeps"))))
     took, todays = ([f"{lr:.3g}" for lr in (min(lrs), max(lrs))] for lrs in
                     ([report["config"]["lr_max"] for report in reports], rates[1]))
     return {"headline": headline, "results": results,
@@ -389,7 +391,7 @@ def readme():
     default, letter, holdout, grid, sweeps = map(load, ("default", "letter", "holdout", "grid", "sweeps"))
     plain_grid, plain_sweeps = load("plain-grid"), load("plain-sweeps")
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
-    plain_found = list(map(found, todays_sweeps("plain-sweeps")))
+    plain_found = list(map(found, todays_sweeps(plain_sweeps)))
     check_alike(default.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if changes(report) == "-"]
