@@ -35,10 +35,15 @@ which 10% of it was done.
 
 {default}
 
-{headline}.
-The sweeps of these runs lasted one epoch, and today's last two: today a whole run takes an epoch's time more. What
-today's find is in the table of sweeps below. In seed 2's run other work shared the cores during nine epochs, so its
-accuracies count, its seconds do not.
+Accuracy: {headline}.
+
+Earlier runs of the same command, whose sweep lasted one epoch and was read by the earlier rule:
+
+{earlier}
+
+Accuracy: {earlier_headline}.
+In seed 2's run other work shared the cores during
+nine epochs, so its accuracies count, its seconds do not.
 
 ## To the letter: the recipe as it was handed out, beside ours
 
@@ -147,6 +152,13 @@ def mean(reports):
 def spread(reports):
     """Return the sample standard deviation as text; that of one run is unknown."""
     return f"{statistics.stdev(map(accuracy, reports)):.2%}" if len(reports) > 1 else "-"
+
+
+def in_words(reports):
+    """Return in words the accuracy of the runs of one configuration, each of them and their mean."""
+    each = ", ".join(f"{accuracy(report):.2%}" for report in reports)
+    return (f"**{mean(reports):.2%}**, the mean of {len(reports)} seeds (standard deviation {spread(reports)}; {each})"
+            if len(reports) > 1 else f"**{each}**, one seed")
 
 
 def of_each_seed(reports):
@@ -361,26 +373,25 @@ def lr_min_fractions(*studies):
 
 
 def quotes():
-    """Return what the README of the project quotes of these reports: its headline and its table of results."""
-    reports = list(load("default").values())
-    seconds = [report["summary"]["total_seconds"] for report in reports]
-    headline = (f"**{mean(reports):.2%}**, the mean of {len(reports)} seeds (standard deviation {spread(reports)}; "
-                f"{', '.join(f'{accuracy(report):.2%}' for report in reports)})")
-    rows = [[report["config"]["seed"], f"{accuracy(report):.2%}", f"{report['summary']['tta_test_accuracy']:.2%}",
-             *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in reports]
-    results = table(["seed", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
+    """Return what the README of the project quotes of these reports, by what it is about."""
+    default, earlier = (list(load(study).values()) for study in ("default", "earlier-sweep"))
+    minutes = [report["summary"]["total_seconds"] / 60 for report in default + earlier]
+    rows = [[report["config"]["seed"], rate(report), f"{accuracy(report):.2%}",
+             f"{report['summary']['tta_test_accuracy']:.2%}",
+             *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in default + earlier]
+    results = table(["seed", "LRMAX", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
     plain_runs = [report for report in load("letter").values() if recipe_and_rates(report) == ("plain", None)]
     sweeps = todays_sweeps(load("sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
-    rates = [list(map(found, reports)) for reports in by_size]
-    seeds = [len({report["config"]["seed"] for report in reports}) for reports in by_size]
+    rates = [list(map(found, group)) for group in by_size]
+    seeds = [len({report["config"]["seed"] for report in group}) for group in by_size]
     plain = list(map(found, todays_sweeps(load("plain-sweeps"))))
     took, todays = ([f"{lr:.3g}" for lr in (min(lrs), max(lrs))] for lrs in
-                    ([report["config"]["lr_max"] for report in reports], rates[1]))
-    return {"headline": headline, "results": results,
+                    ([report["config"]["lr_max"] for report in earlier], rates[1]))
+    return {"headline": in_words(default), "earlier headline": in_words(earlier), "results": results,
             "rates": f"LRMAX {took[0]} to {took[1]}, where today's finds {todays[0]} to {todays[1]}",
             "plain": f"reaches {', '.join(f'{accuracy(report):.2%}' for report in plain_runs)} with rates found",
-            "minutes": f"{min(seconds) / 60:.0f} minutes",
+            "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes",
             "factor": f"within a factor of {max(max(lrs) / min(lrs) for lrs in rates):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
             "plain factor": f"one of {max(plain) / min(plain):.2f} over {len(plain)}"}
@@ -388,11 +399,12 @@ def quotes():
 
 def readme():
     """Return the text of results/README.md."""
-    default, letter, holdout, grid, sweeps = map(load, ("default", "letter", "holdout", "grid", "sweeps"))
-    plain_grid, plain_sweeps = load("plain-grid"), load("plain-sweeps")
+    default, earlier, letter, holdout = map(load, ("default", "earlier-sweep", "letter", "holdout"))
+    grid, plain_grid, sweeps, plain_sweeps = map(load, ("grid", "plain-grid", "sweeps", "plain-sweeps"))
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
     plain_found = list(map(found, todays_sweeps(plain_sweeps)))
     check_alike(default.values(), "recipe")
+    check_alike(earlier.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if changes(report) == "-"]
     other = [report for report in holdout.values() if "epsilon" in changes(report)]
@@ -403,8 +415,9 @@ def readme():
     pairs = [[found(report) for report in pair.values()] for pair in
              groups(sweeps, lambda report: (*sweep_kind(report), report["config"]["seed"])).values() if len(pair) == 2]
     return TEXT.format(
-        default=whole_runs(default), headline=f"Accuracy: {quotes()['headline']}",
-        letter=letter_table({**letter, **default}),
+        default=whole_runs(default), headline=in_words(list(default.values())),
+        earlier=whole_runs(earlier), earlier_headline=in_words(list(earlier.values())),
+        letter=letter_table({**letter, **default, **earlier}),
         plain_at_10=f"{letter['letter/plain-seed0.json']['epochs'][9]['test_accuracy']:.2%}",
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
         ablations=short_runs(ablations, at_60),
@@ -412,7 +425,8 @@ def readme():
         grid=short_runs(grid, at_60), plain_grid=short_runs(plain_grid, best_plain),
         plain_found=f"{min(plain_found):.3g} to {max(plain_found):.3g}",
         sweeps=sweep_table({**plain_sweeps, **sweeps}),
-        rules=rules_table({**plain_sweeps, **sweeps}), fractions=lr_min_fractions(list(default.values()), own),
+        rules=rules_table({**plain_sweeps, **sweeps}),
+        fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
         apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
         same=sum(min(pair) == max(pair) for pair in pairs), pairs=len(pairs))
 
