@@ -42,8 +42,7 @@ Earlier runs of the same command, whose sweep lasted one epoch and was read by t
 {earlier}
 
 Accuracy: {earlier_headline}.
-In seed 2's run other work shared the cores during
-nine epochs, so its accuracies count, its seconds do not.
+In seed 2's run other work shared the cores during nine epochs, so its accuracies count, its seconds do not.
 
 ## To the letter: the recipe as it was handed out, beside ours
 
@@ -375,10 +374,11 @@ def lr_min_fractions(*studies):
 def quotes():
     """Return what the README of the project quotes of these reports, by what it is about."""
     default, earlier = (list(load(study).values()) for study in ("default", "earlier-sweep"))
-    minutes = [report["summary"]["total_seconds"] / 60 for report in default + earlier]
+    runs = default + earlier
+    minutes = [report["summary"]["total_seconds"] / 60 for report in runs]
     rows = [[report["config"]["seed"], rate(report), f"{accuracy(report):.2%}",
              f"{report['summary']['tta_test_accuracy']:.2%}",
-             *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in default + earlier]
+             *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in runs]
     results = table(["seed", "LRMAX", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
     plain_runs = [report for report in load("letter").values() if recipe_and_rates(report) == ("plain", None)]
     sweeps = todays_sweeps(load("sweeps"))
@@ -390,7 +390,7 @@ def quotes():
                     ([report["config"]["lr_max"] for report in earlier], rates[1]))
     return {"headline": in_words(default), "earlier headline": in_words(earlier), "results": results,
             "rates": f"LRMAX {took[0]} to {took[1]}, where today's finds {todays[0]} to {todays[1]}",
-            "plain": f"reaches {', '.join(f'{accuracy(report):.2%}' for report in plain_runs)} with rates found",
+            "plain": f"{in_words(plain_runs)}, with rates found",
             "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes",
             "factor": f"within a factor of {max(max(lrs) / min(lrs) for lrs in rates):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
