@@ -80,6 +80,7 @@ class Workplace:
         self.launcher.write_text(
             "import runpy, signal\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job would ignore Ctrl-C
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # and one under nohup the end of its terminal
             f"{self.small_data}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
 
     def run(self, *arguments):

@@ -24,10 +24,9 @@ Written by `python results/tables.py` from the reports beside it: a folder is a 
 script or the reports, not this file. All was measured on two cores of a CPU, without a GPU; every run is listed.
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
-both. A "changed" column names what a run's recipe has other than the tuned one, which is the default, or than the plain
-one where it begins with "plain"; `--recipe` and `--set` change them. The earlier rule for LRMAX was 16 times the first
-rate by which 75% of the fall of the loss was done, but none at which 25% of it was lost again; for LRMIN, the first by
-which 10% of it was done.
+both. A "recipe" column names what `--recipe` chose, "tuned" being the default, and the constants that a run has other
+than that one. The earlier rule for LRMAX was 16 times the first rate by which 75% of the fall of the loss was done, but
+none at which 25% of it was lost again; for LRMIN, the first by which 10% of it was done.
 
 ## The default command
 
@@ -51,9 +50,9 @@ those that the sweep finds; below it the default command again. The last column 
 
 {letter}
 
-What the others' code did beyond the recipe is not known. At the rates found the plain recipe stands at {plain_at_10}
-after epoch 10, where 90% was reported: the rate is still high then, and accuracy goes up and down from epoch to epoch.
-Seconds compare in part alone, as processors of one name were not equally fast.
+What the others' code did beyond the recipe is not known. After epoch 10, where 90% was reported, the rate is still
+high, and accuracy goes up and down from epoch to epoch. Seconds compare in part alone, as processors of one name were
+not equally fast.
 
 ## Whole runs on held-out images
 
@@ -193,8 +192,8 @@ def by_earlier_rule(report):
     return not lasts_as_today(report) or report["lr_sweep"]["rule"] != train.sweep_rule(train.Recipe())
 
 
-def changes(report):
-    """Return in words how the recipe of a report differs from the tuned one."""
+def recipe_in_words(report):
+    """Return the name of a report's recipe and how it differs from the one of that name."""
     name, recipe = recipe_name(report), report["config"]["recipe"]
     if "whitening_images" not in recipe:  # a version of the script that had neither the one nor the other
         recipe = {**recipe, "initialisation": "default", "whitening_images": 0}
@@ -202,13 +201,7 @@ def changes(report):
     changed = [f"{constant} {value}" for constant, value in recipe.items()
                if constant in usual and value != usual[constant]
                and not constant.startswith("sweep_")]  # which `rate` tells
-    return ", ".join(([] if name == "tuned" else [name]) + changed) or "-"
-
-
-def recipe_in_words(report):
-    """Return the name of a report's recipe and how it differs from the one of that name."""
-    changed = changes(report)
-    return "tuned" if changed == "-" else changed
+    return ", ".join([name, *changed])
 
 
 def rate(report):
@@ -244,12 +237,12 @@ def whole_runs(reports):
     rows = []
     for name, report in reports.items():
         summary, environment = report["summary"], report["environment"]
-        rows.append([f"[{report['config']['seed']}]({name})", changes(report), rate(report),
+        rows.append([f"[{report['config']['seed']}]({name})", recipe_in_words(report), rate(report),
                      f"{environment['device_name']}, {environment['precision']}, PyTorch {environment['torch']}",
                      f"{accuracy(report):.2%}", f"{summary['tta_test_accuracy']:.2%}",
                      " / ".join(str(epoch or "never") for epoch in summary["epochs_to"].values()),
                      f"{summary['train_seconds']:,.0f}", f"{summary['total_seconds']:,.0f}"])
-    return table(["seed", "changed", "LRMAX", "machine", "accuracy", "with mirror image", "90% / 94% at epoch",
+    return table(["seed", "recipe", "LRMAX", "machine", "accuracy", "with mirror image", "90% / 94% at epoch",
                   "training, s", "whole run, s"], rows)
 
 
@@ -273,32 +266,32 @@ def letter_table(reports):
         for name, report in grouped.get((recipe, rates), {}).items():
             config, summary = report["config"], report["summary"]
             rows.append([recipe, rate(report), f"{config['lr_min']:.3g}", f"[{config['seed']}]({name})",
-                         f"{accuracy(report):.2%}", summary["epochs_to"]["0.90"] or "never",
-                         f"{summary['train_seconds']:,.0f}", reported])
+                         f"{accuracy(report):.2%}", f"{report['epochs'][9]['test_accuracy']:.2%}",
+                         summary["epochs_to"]["0.90"] or "never", f"{summary['train_seconds']:,.0f}", reported])
         if (recipe, rates) not in grouped:
             given = (f"{value:.3g}" for value in rates) if rates else ("found", "found")
-            rows.append([recipe, *given, "-", "not run here yet", "-", "-", reported])
-    return table(["recipe", "LRMAX", "LRMIN", "seed", "accuracy", "90% at epoch", "training, s", "reported by others"],
-                 rows)
+            rows.append([recipe, *given, "-", "not run here yet", "-", "-", "-", reported])
+    return table(["recipe", "LRMAX", "LRMIN", "seed", "accuracy", "after epoch 10", "90% at epoch", "training, s",
+                  "reported by others"], rows)
 
 
 def what_varies(report):
     """Return what sets a report apart but its seed: its recipe, and LRMAX or, where it was found, by which rule."""
     if report["lr_sweep"]:
-        return changes(report), "earlier rule" if by_earlier_rule(report) else "today's rule"
-    return changes(report), report["config"]["lr_max"]
+        return recipe_in_words(report), "earlier rule" if by_earlier_rule(report) else "today's rule"
+    return recipe_in_words(report), report["config"]["lr_max"]
 
 
 def short_runs(reports, reference):
     """Return the table of runs over 8 epochs, a row for all seeds, compared with the mean of `reference`."""
     check_alike([*reports.values(), *reference], "epochs", "batch_size", "subset", "holdout", "precision")
     rows = []
-    for (changed, _), group in groups(reports, what_varies).items():
+    for (recipe, _), group in groups(reports, what_varies).items():
         runs = list(group.values())
         rates = ", ".join(map(rate, runs)) if runs[0]["lr_sweep"] else rate(runs[0])
-        rows.append([changed, rates, len(runs), f"{mean(runs):.2%}", spread(runs), of_each_seed(group),
+        rows.append([recipe, rates, len(runs), f"{mean(runs):.2%}", spread(runs), of_each_seed(group),
                      f"{100 * (mean(reference) - mean(runs)):.2f}"])
-    return table(["changed", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "behind, points"], rows)
+    return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "behind, points"], rows)
 
 
 def sweep_epochs(report):
@@ -406,8 +399,8 @@ def readme():
     check_alike(default.values(), "recipe")
     check_alike(earlier.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
-    own = [report for report in holdout.values() if changes(report) == "-"]
-    other = [report for report in holdout.values() if "epsilon" in changes(report)]
+    own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
+    other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
     seeds = [list(map(accuracy, group.values()))
              for group in groups({**ablations, **grid}, what_varies).values()]
@@ -418,7 +411,6 @@ def readme():
         default=whole_runs(default), headline=in_words(list(default.values())),
         earlier=whole_runs(earlier), earlier_headline=in_words(list(earlier.values())),
         letter=letter_table({**letter, **default, **earlier}),
-        plain_at_10=f"{letter['letter/plain-seed0.json']['epochs'][9]['test_accuracy']:.2%}",
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
         ablations=short_runs(ablations, at_60),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
