@@ -378,8 +378,7 @@ def quotes():
              f"{report['summary']['tta_test_accuracy']:.2%}",
              *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in runs]
     results = table(["seed", "LRMAX", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
-    plain_runs, at_default_rates = ([report for report in load("letter").values()
-                                     if recipe_and_rates(report) == ("plain", rates)] for rates in (None, (0.001, 4e-5)))
+    letter, given = groups(load("letter"), recipe_and_rates), ("plain", (0.001, 4e-5))
     sweeps = todays_sweeps(load("sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, group)) for group in by_size]
@@ -389,8 +388,8 @@ def quotes():
                     ([report["config"]["lr_max"] for report in earlier], rates[1]))
     return {"headline": in_words(default), "earlier headline": in_words(earlier), "results": results,
             "rates": f"LRMAX {took[0]} to {took[1]}, where today's finds {todays[0]} to {todays[1]}",
-            "plain": f"{in_words(plain_runs)}, with rates found",
-            "plain at 0.001": f"{in_words(at_default_rates)}, at the rates with which 90.98% was reported",
+            "plain": f"{in_words(letter['plain', None].values())}, with rates found",
+            "follower": f"{in_words(letter[given].values())}, at the rates with which {REPORTED[given]} was reported",
             "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes",
             "factor": f"within a factor of {max(max(lrs) / min(lrs) for lrs in rates):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
@@ -415,8 +414,8 @@ def readme():
     pairs = [[found(report) for report in pair.values()] for pair in
              groups(sweeps, lambda report: (*sweep_kind(report), report["config"]["seed"])).values() if len(pair) == 2]
     return TEXT.format(
-        default=whole_runs(default), headline=in_words(list(default.values())),
-        earlier=whole_runs(earlier), earlier_headline=in_words(list(earlier.values())),
+        default=whole_runs(default), headline=in_words(default.values()),
+        earlier=whole_runs(earlier), earlier_headline=in_words(earlier.values()),
         letter=letter_table({**letter, **default, **earlier}),
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
         ablations=short_runs(ablations, at_60),
