@@ -230,7 +230,7 @@ def test_a_run_starts_with_a_layer_that_whitens_its_first_images():
     split, floor = train.Split((128 + 80 * blurred).clamp(0, 255).byte(), torch.arange(12) % 10), 0.3
     recipe = Recipe(batch_size=8, whitening_images=8, whitening_floor=floor)
     run = train.start(recipe, split, split, seed=0, device="cpu", precision="fp32")
-    images, weight = run.train.images[:8], run.model.prep[0].weight.detach()
+    images, weight = run.training.images[:8], run.model.prep[0].weight.detach()
 
     patches = np.lib.stride_tricks.sliding_window_view(images.numpy(), (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
     variances = np.linalg.eigvalsh(np.cov(patches.reshape(-1, 27), rowvar=False))
@@ -481,7 +481,7 @@ def test_sweep_leaves_everything_as_it_was_interrupted_or_not():
     run = small_run(Recipe(batch_size=16, sweep_steps=4), 32)
     run.scaler = torch.amp.GradScaler("cpu", growth_interval=1)  # grows with every step
     for steps_before in (0, 2):
-        batches = train.augmented_batches(run.recipe, run.train, 0, 1)
+        batches = train.augmented_batches(run.recipe, run.training, 0, 1)
         list(train.take_steps(run, batches, [(1e-5, 0.9)] * steps_before))
         before, random_state = copy.deepcopy(run.state()), torch.get_rng_state()
         seen = []
@@ -964,7 +964,7 @@ def test_steps_in_low_precision_go_as_in_full(precision):
     losses = {}
     for name in ("fp32", precision):
         run = small_run(Recipe(batch_size=4), 4, precision=name)  # where fp16 is emulated, an image takes a second
-        assert run.train.images.dtype == run.dtype
+        assert run.training.images.dtype == run.dtype
         losses[name] = [one_step(run, *run.test)[0].item() for _ in range(3)]
         assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp32"][-1] < losses["fp32"][0]

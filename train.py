@@ -153,7 +153,7 @@ class Diverged(UserError):
 
     def __init__(self, epoch, step, lr):
         super().__init__(f"the loss became NaN or infinite at epoch {epoch}, step {step}, learning rate {lr:.3g}.\n"
-                         f"Try a lower --lr-max, or --precision fp32.")
+                         f"Try a lower LRMAX (--lr-max), or fp32 (--precision fp32).")
         self.where = {"epoch": epoch, "step": step, "lr": lr}
 
 
@@ -294,15 +294,15 @@ def augment(recipe, padded, mirrored, generator):
     return cutout(images, draw(holes), draw(holes), recipe.cutout)
 
 
-def augmented_batches(recipe, train, seed, epoch):
+def augmented_batches(recipe, training, seed, epoch):
     """Shuffle a padded Split and yield its images, augmented, and labels; the last batch has what is left over."""
-    device = train.images.device
+    device = training.images.device
     generator = epoch_generator(seed, epoch, device)
-    mirrored = draw_flips(recipe, len(train.labels), seed, epoch, device, generator)
-    order = torch.randperm(len(train.labels), generator=generator, device=device)
+    mirrored = draw_flips(recipe, len(training.labels), seed, epoch, device, generator)
+    order = torch.randperm(len(training.labels), generator=generator, device=device)
     for chosen in order.split(recipe.batch_size):
-        images = augment(recipe, train.images[chosen], mirrored[chosen], generator)
-        yield images.contiguous(memory_format=memory_format(device.type)), train.labels[chosen]
+        images = augment(recipe, training.images[chosen], mirrored[chosen], generator)
+        yield images.contiguous(memory_format=memory_format(device.type)), training.labels[chosen]
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ class Run:
     dtype: torch.dtype  # what convolutions and products compute in
     mean: torch.Tensor  # (3,), of the training images, which are normalised with it
     std: torch.Tensor  # (3,)
-    train: Split  # padded
+    training: Split  # padded
     test: Split
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -394,7 +394,7 @@ class Run:
 
     @property
     def steps_per_epoch(self):
-        return math.ceil(len(self.train.labels) / self.recipe.batch_size)
+        return math.ceil(len(self.training.labels) / self.recipe.batch_size)
 
     def autocast(self):
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
@@ -541,7 +541,7 @@ def find_rates(run, on_step=None):
     lrs = [first * (last / first) ** (step / (steps - 1)) for step in range(steps)]
     steps_per_decade = (steps - 1) / math.log10(last / first)
     batches = (batch for epoch in itertools.count(SWEEP_EPOCH)
-               for batch in augmented_batches(recipe, run.train, run.seed, epoch))
+               for batch in augmented_batches(recipe, run.training, run.seed, epoch))
     before = copy.deepcopy(run.state())
     window = max(1, round(steps_per_decade / 2))  # the loss is watched as its mean over so many steps
     losses, lowest = [], math.inf
@@ -585,7 +585,7 @@ def read_sweep(recipe, lrs, smoothed):
     lowest = min(smoothed)
     if lowest == smoothed[0]:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Give --lr-max to train without it.")
+                        "Choose LRMAX yourself (--lr-max, or `Rates`) to train without it.")
     highest = max(lr for lr, loss in zip(lrs, smoothed) if loss <= (1 + recipe.sweep_margin) * lowest)
     lr_max = min(recipe.sweep_factor * highest, lrs[-1])
     return lr_max / recipe.lr_ratio, lr_max
@@ -633,15 +633,15 @@ def epochs(run, rates, on_step=None):
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a tensor, stalls a GPU.
     Raises Diverged where a loss is NaN or infinite: at that step on a CPU, after the epoch on a GPU.
     """
-    recipe, images, steps = run.recipe, len(run.train.labels), run.steps_per_epoch
-    sizes = torch.tensor([len(batch) for batch in run.train.labels.split(recipe.batch_size)], dtype=torch.double)
+    recipe, images, steps = run.recipe, len(run.training.labels), run.steps_per_epoch
+    sizes = torch.tensor([len(batch) for batch in run.training.labels.split(recipe.batch_size)], dtype=torch.double)
     run.optimizer.param_groups[0]["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
     while run.epoch < recipe.epochs:
         epoch = run.epoch + 1
         schedule = plan_epoch(recipe, rates, epoch, steps)
         losses, correct = [], 0
         started = time.perf_counter()
-        for loss, right in take_steps(run, augmented_batches(recipe, run.train, run.seed, epoch), schedule):
+        for loss, right in take_steps(run, augmented_batches(recipe, run.training, run.seed, epoch), schedule):
             losses.append(loss)
             correct += right
             if on_step:
@@ -845,7 +845,7 @@ def new_report(config, run, evaluated_on):
                             "torchvision": torchvision.__version__, "numpy": np.__version__,
                             "device": config.device, "device_name": device_name, "precision": config.precision,
                             "threads": torch.get_num_threads()},
-            "data": {"train_images": len(run.train.labels), "test_images": len(run.test.labels),
+            "data": {"train_images": len(run.training.labels), "test_images": len(run.test.labels),
                      "mean": run.mean.tolist(), "std": run.std.tolist(), "evaluated_on": evaluated_on},
             "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
             "lr_sweep": None, "epochs": [],
@@ -1059,7 +1059,7 @@ def draw_figures(report, run, classes):
         rates = Rates(config["lr_min"], config["lr_max"])
         lrs = [lr for row in rows for lr, _ in plan_epoch(run.recipe, rates, row["epoch"], run.steps_per_epoch)]
         yield "schedule", (7, 4), plot_schedule, lrs, len(rows)
-    images, labels = next(augmented_batches(dataclasses.replace(run.recipe, batch_size=32), run.train, run.seed, 1))
+    images, labels = next(augmented_batches(dataclasses.replace(run.recipe, batch_size=32), run.training, run.seed, 1))
     yield ("augmented", (9, 5.8), plot_images, run, images, [classes[label] for label in labels.tolist()], 8,
            "Training images after crop, flip and cutout")
     if rows:
