@@ -421,7 +421,7 @@ def sweep_of(monkeypatch, steps, losses, recipe=None):
 
     The sweep has as many steps as an epoch, unless a `recipe` says otherwise.
     """
-    run = SimpleNamespace(recipe=recipe or Recipe(sweep_steps=steps), seed=0, train=None, steps_per_epoch=steps,
+    run = SimpleNamespace(recipe=recipe or Recipe(sweep_steps=steps), seed=0, training=None, steps_per_epoch=steps,
                           state=dict, load_state=dict)
     monkeypatch.setattr(train, "augmented_batches", lambda *arguments: iter(range(steps)))
     monkeypatch.setattr(train, "take_steps", lambda run, batches, schedule: (
