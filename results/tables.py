@@ -53,9 +53,9 @@ those that the sweep finds; below it the default command again. The last column 
 At LRMAX 0.001 and 0.01 ours ends more above what was reported than the seeds of the tuned recipe lie apart. What those
 codes did is not known; they may have differed in all that the recipe leaves open and `plain` settles: a crop, a coin
 and a hole of its own for each image in each epoch, the hole wholly inside the image and in the mean colour,
-convolutions without bias, PyTorch's initialisation, a linear fall of the rate. LRMAX / 25 is what PyTorch's
-`OneCycleLR` begins with by default, and the rest of its defaults are a cosine, a peak at 30% of the run and an end at
-LRMIN / 10,000.
+convolutions without bias, PyTorch's initialisation, a linear fall of the rate. LRMAX / 25, with which the
+first of the two began, is where PyTorch's `OneCycleLR` begins by default; the rest of its defaults are a cosine, a peak
+at 30% of the run and an end at LRMIN / 10,000.
 
 After epoch 10, where 90% was reported, the rate is still high, and accuracy goes up and down from epoch to epoch.
 Seconds compare in part alone, as processors of one name were not equally fast.
@@ -380,9 +380,9 @@ def quotes():
              *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in runs]
     results = table(["seed", "LRMAX", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
     letter = groups(load("letter"), recipe_and_rates)
-    followers = {f"follower, {reported}": f"{in_words(letter[key].values())}, at the rates with which "
-                                          f"{reported.split(',')[0]} was reported"
-                 for key, reported in REPORTED.items() if key in letter and key[1]}
+    followers = {f"follower, {reported}": f"{in_words(letter[recipe, rates].values())}, at the rates with which "
+                                          f"{reported} was reported"
+                 for (recipe, rates), reported in REPORTED.items() if recipe == "plain" and rates}
     sweeps = todays_sweeps(load("sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, group)) for group in by_size]
