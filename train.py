@@ -945,7 +945,7 @@ def print_heading(report):
 
 
 # The columns of the table on the screen: what they show of an epoch's row, their heading and format.
-COLUMNS = (("epoch", "epoch", "d"), ("lr", "lr", ".5f"), ("train_loss", "train loss", ".4f"),
+COLUMNS = (("epoch", "epoch", "d"), ("lr", "lr", ".2g"), ("train_loss", "train loss", ".4f"),
            ("train_accuracy", "train acc", ".2%"), ("test_loss", "test loss", ".4f"),
            ("test_accuracy", "test acc", ".2%"), ("train_seconds", "train s", ".1f"),
            ("test_seconds", "test s", ".1f"), ("images_per_second", "images/s", ",.0f"),
