@@ -400,10 +400,10 @@ def test_one_cycle_against_pytorch_at_every_step(epochs, steps_per_epoch, annihi
 def test_sweep_is_read_by_its_rule():
     recipe = Recipe(sweep_margin=0.15, sweep_factor=3, lr_ratio=50)
     lrs = [10.0 ** exponent for exponent in range(-6, 3)]
-    smoothed = [3.0, 2.9, 2.7, 1.1, 1.0, 1.16, 1.14, 1.6, 5.0]  # within 15% of its lowest from 1e-3 to 1, but at 0.1
-    assert train.read_sweep(recipe, lrs, smoothed) == pytest.approx((6e-2, 3.0))
+    smoothed = [3.0, 2.9, 1.14, 1.16, 1.0, 1.14, 1.16, 1.1, 1.6]  # from its lowest on it is within 15% up to 0.1
+    assert train.read_sweep(recipe, lrs, smoothed) == pytest.approx((6e-3, 0.3))
     # Where the fall began, and how far it went, is of no account: logits of another scale start at another loss.
-    assert train.read_sweep(recipe, lrs, [30.0, 9.0, *smoothed[2:]]) == pytest.approx((6e-2, 3.0))
+    assert train.read_sweep(recipe, lrs, [30.0, 9.0, *smoothed[2:]]) == pytest.approx((6e-3, 0.3))
     assert train.read_sweep(recipe, lrs[:5], smoothed[:5]) == pytest.approx((2e-4, 1e-2))  # at most the last rate
     assert "is 3 times" in train.sweep_rule(recipe) and "within 15% of" in train.sweep_rule(recipe)
     with pytest.raises(train.UserError, match="no learning rate"):
@@ -1128,6 +1128,8 @@ def test_the_tables_and_quotes_are_those_of_the_reports():
 
 def test_the_readme_shows_what_a_run_prints(capsys):
     report = tables.load("default")["default/seed0.json"]
+    assert not tables.by_earlier_rule(report)
+    report["config"]["recipe"]["sweep_margin"] = Recipe().sweep_margin  # which finds the rates of this older run
     train.print_heading(report)
     train.print_table_head(report)
     train.print_summary(report)
@@ -1152,6 +1154,13 @@ def test_reports_of_one_table_may_not_differ_in_what_it_does_not_show():
     reports[1]["config"]["batch_size"] = 128
     with pytest.raises(ValueError, match="batch_size"):
         tables.check_alike(reports, "epochs", "batch_size")
+
+
+def test_a_mean_is_of_one_recipe_and_rule():
+    earlier, today = (list(tables.load(study).values()) for study in ("earlier-sweep", "default"))
+    assert "mean of 3 seeds" in tables.in_words(earlier)
+    with pytest.raises(ValueError, match="several configurations.*earlier rule"):
+        tables.in_words(earlier + today)
 
 
 def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():

@@ -95,10 +95,10 @@ class Recipe:
     # has fewer steps than this.
     sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
     sweep_steps: int = constant(200, "[2, 100000]")
-    # Of the rates at which the smoothed loss of the sweep is within this fraction of its lowest, the highest times the
+    # Once at its lowest, the smoothed loss of the sweep stays within this fraction of it up to some rate. That times the
     # factor is LRMAX: the average, from half to twice the rate, sees a climb of the loss that far ahead. LRMIN is LRMAX
     # over the ratio.
-    sweep_margin: float = constant(0.025, "[0, inf)")
+    sweep_margin: float = constant(0.03, "[0, inf)")
     sweep_factor: float = constant(2.0, "(0, inf)")
     lr_ratio: float = constant(300.0, "[1, inf)")
 
@@ -582,20 +582,22 @@ def smooth(losses, steps_per_decade):
 
 def read_sweep(recipe, lrs, smoothed):
     """Return (lr_min, lr_max) by `sweep_rule`. Raises UserError where the loss never falls."""
-    lowest = min(smoothed)
-    if lowest == smoothed[0]:
+    start = smoothed.index(min(smoothed))
+    if start == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself (--lr-max, or `Rates`) to train without it.")
-    highest = max(lr for lr, loss in zip(lrs, smoothed) if loss <= (1 + recipe.sweep_margin) * lowest)
-    lr_max = min(recipe.sweep_factor * highest, lrs[-1])
+    # What lies past the climb is of no account: at batch 128 the loss comes down again towards the end of the sweep.
+    ceiling = (1 + recipe.sweep_margin) * smoothed[start]
+    climbed = next((i for i, loss in enumerate(smoothed) if i > start and loss > ceiling), len(smoothed))
+    lr_max = min(recipe.sweep_factor * lrs[climbed - 1], lrs[-1])
     return lr_max / recipe.lr_ratio, lr_max
 
 
 def sweep_rule(recipe):
     """Return in words how `read_sweep` finds both rates."""
-    return (f"LRMAX is {recipe.sweep_factor:g} times the highest rate at which the loss, smoothed from half to twice "
-            f"the rate, is within {100 * recipe.sweep_margin:g}% of its lowest, but no rate that the sweep did not "
-            f"reach; LRMIN is LRMAX / {recipe.lr_ratio:g}.")
+    return (f"LRMAX is {recipe.sweep_factor:g} times the rate up to which the loss, smoothed from half to twice the "
+            f"rate, stays within {100 * recipe.sweep_margin:g}% of its lowest once it is there, but no rate that the "
+            f"sweep did not reach; LRMIN is LRMAX / {recipe.lr_ratio:g}.")
 
 
 # ---- Evaluation and training -----------------------------------------------------------------------------------------
