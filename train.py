@@ -95,9 +95,9 @@ class Recipe:
     # has fewer steps than this.
     sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
     sweep_steps: int = constant(200, "[2, 100000]")
-    # Once at its lowest, the smoothed loss of the sweep stays within this fraction of it up to some rate. That times the
-    # factor is LRMAX: the average, from half to twice the rate, sees a climb of the loss that far ahead. LRMIN is LRMAX
-    # over the ratio.
+    # Once at its lowest, the smoothed loss of the sweep stays within this fraction of it up to some rate. That rate
+    # times the factor is LRMAX: the average, from half to twice the rate, sees a climb of the loss that far ahead.
+    # LRMIN is LRMAX over the ratio.
     sweep_margin: float = constant(0.03, "[0, inf)")
     sweep_factor: float = constant(2.0, "(0, inf)")
     lr_ratio: float = constant(300.0, "[1, inf)")
@@ -582,13 +582,13 @@ def smooth(losses, steps_per_decade):
 
 def read_sweep(recipe, lrs, smoothed):
     """Return (lr_min, lr_max) by `sweep_rule`. Raises UserError where the loss never falls."""
-    start = smoothed.index(min(smoothed))
-    if start == 0:
+    lowest = smoothed.index(min(smoothed))
+    if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself (--lr-max, or `Rates`) to train without it.")
     # What lies past the climb is of no account: at batch 128 the loss comes down again towards the end of the sweep.
-    ceiling = (1 + recipe.sweep_margin) * smoothed[start]
-    climbed = next((i for i, loss in enumerate(smoothed) if i > start and loss > ceiling), len(smoothed))
+    ceiling = (1 + recipe.sweep_margin) * smoothed[lowest]
+    climbed = next((i for i, loss in enumerate(smoothed) if i > lowest and loss > ceiling), len(smoothed))
     lr_max = min(recipe.sweep_factor * lrs[climbed - 1], lrs[-1])
     return lr_max / recipe.lr_ratio, lr_max
 

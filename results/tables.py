@@ -28,7 +28,8 @@ image with its mirror image. Seconds of training are without the sweep and the e
 both. A "recipe" column names what `--recipe` chose, "tuned" being the default, and the constants that a run has other
 than that one. The earlier rule for LRMAX was 16 times the first rate by which 75% of the fall of the loss was done, but
 none at which 25% of it was lost again; for LRMIN, the first by which 10% of it was done. Rates are as found by today's
-rule where that reads the same off the run's sweep: both runs of seed 0 are older than its margin of 3%, which was 2.5%.
+rule where that reads the same off the run's sweep: both runs of seed 0 are older than its margin of {margin:g}%, which
+was 2.5%.
 
 ## The default command
 
@@ -118,7 +119,7 @@ loss's lowest point, over 10), and the steepest slope of pytorch-lr-finder.
 
 The spread says how steady a rule is, not whether it is right. Ours was chosen on the sweeps of seeds 0 to 9, out of
 some hundred variants of what is read off, of the smoothing and of the margin, so its spread there flatters it. With
-its margin of {margin:g}% and with others it finds, on the sweeps that last as long as today's, of both precisions:
+its margin of {margin:g}% and with others it finds, on all the sweeps that last as long as today's:
 
 {margins}
 
@@ -240,9 +241,22 @@ def rate(report):
     return f"{report['config']['lr_max']:.3g}{how}"
 
 
-def found(report):
-    """Return the LRMAX that today's rule reads off the losses of a report's sweep."""
-    return todays_rates(report)[1]
+def found(report, **constants):
+    """Return the LRMAX of `todays_rates`."""
+    return todays_rates(report, **constants)[1]
+
+
+def factor(lrs):
+    """Return the largest rate over the smallest."""
+    return max(lrs) / min(lrs)
+
+
+def factor_and_median(lrs):
+    return f"{factor(lrs):.2f} ({statistics.median(lrs):.2g})"
+
+
+def extremes(lrs):
+    return f"{min(lrs):.3g} to {max(lrs):.3g}"
 
 
 def groups(reports, key):
@@ -338,8 +352,7 @@ def sweep_table(reports):
     grouped = groups(reports, lambda report: (*sweep_kind(report), report["config"]["precision"]))
     for kind, group in sorted(grouped.items()):
         lrs = [found(report) for report in group.values()]
-        rows.append([*kind, len(group), f"{min(lrs):.3g} to {max(lrs):.3g}", f"{statistics.median(lrs):.3g}",
-                     f"{max(lrs) / min(lrs):.2f}"])
+        rows.append([*kind, len(group), extremes(lrs), f"{statistics.median(lrs):.3g}", f"{factor(lrs):.2f}"])
     return table(["recipe", "batch", "epochs", "precision", "seeds", "LRMAX", "median", "largest / smallest"], rows)
 
 
@@ -367,18 +380,15 @@ def others_rules(report):
             "pytorch-lr-finder, steepest": lrs[10:-5][int(np.gradient(smoothed[10:-5]).argmin())]}
 
 
-def of_all(lrs):
-    """Return in words how far the rates that several sweeps found lie apart, and their median."""
-    return f"{max(lrs) / min(lrs):.2f} ({statistics.median(lrs):.2g})"
-
-
 def margins_table(sweeps):
     """Return the table of what our rule would find with other margins on today's sweeps, a row for each kind."""
     margins = 0.01, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05
     grouped = groups({name: report for name, report in sweeps.items() if lasts_as_today(report)},
                      lambda report: sweep_kind(report)[:2])
-    rows = [[*kind, len(group), *(of_all([todays_rates(report, sweep_margin=margin)[1] for report in group.values()])
-                                  for margin in margins)] for kind, group in sorted(grouped.items())]
+    rows = []
+    for kind, group in sorted(grouped.items()):
+        found_at = [[found(report, sweep_margin=margin) for report in group.values()] for margin in margins]
+        rows.append([*kind, len(group), *map(factor_and_median, found_at)])
     return table(["recipe", "batch", "sweeps", *(f"{100 * margin:g}%" for margin in margins)], rows)
 
 
@@ -392,7 +402,7 @@ def rules_table(sweeps):
         for report in group.values():
             for rule, lr in {"ours": found(report), **others_rules(report)}.items():
                 found_by.setdefault(rule, []).append(lr)
-        rows.append([*kind, len(group), *map(of_all, found_by.values())])
+        rows.append([*kind, len(group), *map(factor_and_median, found_by.values())])
     return table(["recipe", "batch", "epochs", "seeds", *found_by], rows)
 
 
@@ -424,16 +434,15 @@ def quotes():
     sweeps, plain = (todays_sweeps(load(study)) for study in ("sweeps", "plain-sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, group)) for group in (*by_size, plain)]
-    factors = [max(lrs) / min(lrs) for lrs in rates]
+    factors = list(map(factor, rates))
     seeds = [len({report["config"]["seed"] for report in group}) for group in (*by_size, plain)]
-    took, todays = ([f"{lr:.3g}" for lr in (min(lrs), max(lrs))] for lrs in
-                    ([report["config"]["lr_max"] for report in earlier], rates[1]))
+    took = [report["config"]["lr_max"] for report in earlier]
     in_bf16 = [report["data"]["train_images"] * len(report["epochs"]) / report["summary"]["train_seconds"]
                for report in default]
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
     return {"headline": in_words(default), "earlier headline": in_words(earlier), "results": results,
-            "rates": f"LRMAX {took[0]} to {took[1]}, where today's finds {todays[0]} to {todays[1]}",
+            "rates": f"LRMAX {extremes(took)}, where today's finds {extremes(rates[1])}",
             "plain": f"{in_words(letter['plain', None].values())}, with rates found",
             **followers,
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
@@ -450,9 +459,9 @@ def readme():
     default, earlier, letter, holdout = map(load, ("default", "earlier-sweep", "letter", "holdout"))
     grid, plain_grid, sweeps, plain_sweeps = map(load, ("grid", "plain-grid", "sweeps", "plain-sweeps"))
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
-    settled_on, fresh = ([found(report) for report in todays_sweeps(plain_sweeps) if report["config"]["seed"] in seeds]
-                         for seeds in (range(10), range(10, 100)))
-    plain_found = settled_on + fresh
+    plain_today = todays_sweeps(plain_sweeps)
+    settled_on = [found(report) for report in plain_today if report["config"]["seed"] < 10]
+    fresh = [found(report) for report in plain_today if report["config"]["seed"] >= 10]
     check_alike(earlier.values(), "recipe")
     at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
@@ -472,12 +481,12 @@ def readme():
         ablations=short_runs(ablations, at_60),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
         grid=short_runs(grid, at_60), plain_grid=short_runs(plain_grid, best_plain),
-        plain_found=f"{min(plain_found):.3g} to {max(plain_found):.3g}",
+        plain_found=extremes(settled_on + fresh),
         sweeps=sweep_table(all_sweeps), rules=rules_table(all_sweeps),
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
-        apart=f"{max(max(pair) / min(pair) for pair in pairs) - 1:.1%}",
-        fresh=", ".join(f"{lr:.3g}" for lr in fresh), settled_on=f"{min(settled_on):.3g} to {max(settled_on):.3g}",
+        apart=f"{max(map(factor, pairs)) - 1:.1%}",
+        fresh=", ".join(f"{lr:.3g}" for lr in fresh), settled_on=extremes(settled_on),
         same=sum(min(pair) == max(pair) for pair in pairs), pairs=len(pairs))
 
 
