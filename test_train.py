@@ -1175,6 +1175,24 @@ def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
         tables.letter_table(reports)
 
 
+def test_the_table_of_others_rates_leaves_out_no_run_and_no_rule():
+    sweeps = [report for report in tables.todays_sweeps(tables.load("sweeps")) if report["config"]["batch_size"] == 512]
+    run = tables.load("grid")["grid/lr-max-0.06-seed0.json"]
+    rates = [np.median([tables.others_rules(report)[rule] for report in sweeps]) for rule in
+             ("fastai, valley", "fastai, minimum / 10", "pytorch-lr-finder, steepest")]
+
+    def rows(lr_max, **changed):
+        recipe = {**run["config"]["recipe"], **changed}
+        report = {**run, "config": {**run["config"], "lr_max": lr_max, "recipe": recipe}}
+        return tables.others_rates_table({"a run": report}, sweeps, [run]).splitlines()[2:]
+    for i, lr_max in enumerate(rates):
+        table = rows(float(f"{lr_max:.2g}"))
+        assert len(table) == 3 and "(a run) | 0.00 |" in table[i] and "".join(table).count("not run yet") == 2
+    for lr_max, changed in ((rates[0] * 1.5, {}), (rates[0], {"label_smoothing": 0.1})):
+        with pytest.raises(ValueError, match="rule's rate"):
+            rows(lr_max, **changed)
+
+
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
 def test_every_file_that_is_shown_is_there(name):
     shown = re.findall(r"\]\(((?!http)[^)]+)\)", (SCRIPT.parent / name).read_text())

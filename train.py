@@ -1012,7 +1012,7 @@ def plot_sweep(figure, sweep, lr_min, lr_max):
     axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))  # a diverged end would flatten the rest
-    axes.legend(loc="upper center")
+    figure.legend(loc="outside lower center", ncols=4)  # inside it would hide a part of some sweep
     axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="training loss")
 
 
