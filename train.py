@@ -96,8 +96,8 @@ class Recipe:
     sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
     sweep_steps: int = constant(200, "[2, 100000]")
     # Once at its lowest, the smoothed loss of the sweep stays within this fraction of it up to some rate. That rate
-    # times the factor is LRMAX: the average, from half to twice the rate, sees a climb of the loss that far ahead.
-    # LRMIN is LRMAX over the ratio.
+    # times the factor is LRMAX: smoothing mixes in the losses of higher rates, so that the smoothed loss climbs earlier
+    # than the loss itself, and the factor makes up for that. LRMIN is LRMAX over the ratio.
     sweep_margin: float = constant(0.03, "[0, inf)")
     sweep_factor: float = constant(2.0, "(0, inf)")
     lr_ratio: float = constant(300.0, "[1, inf)")
@@ -331,19 +331,19 @@ class ResBlock(nn.Module):
 class ResNet(nn.Module):
     """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018): (B, 3, 32, 32) to logits (B, 10).
 
-    It has 6,573,130 parameters, or 6,573,120 with `head_bias=False`. The softmax is left to the cross-entropy.
+    It has 6,573,130 parameters. The softmax is left to the cross-entropy.
     Initialised as the identity, the first filters of every convolution but the first pass their input on, so that the
     untrained network already carries the image through to its head (K. Jordan, arXiv:2404.00498, section 3.3).
     """
 
-    def __init__(self, recipe=Recipe(), classes=10, head_bias=True):
+    def __init__(self, recipe=Recipe()):
         super().__init__()
         self.prep = ConvBlock(3, 64)                                                   # (B, 64, 32, 32)
         self.layer1 = nn.Sequential(ConvBlock(64, 128, pool=True), ResBlock(128))      # (B, 128, 16, 16)
         self.layer2 = ConvBlock(128, 256, pool=True)                                   # (B, 256, 8, 8)
         self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))     # (B, 512, 4, 4)
         self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())                       # (B, 512)
-        self.head = nn.Linear(512, classes, bias=head_bias)                            # (B, 10)
+        self.head = nn.Linear(512, 10)                                                 # (B, 10)
         self.logit_scale = recipe.logit_scale
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -412,13 +412,16 @@ class Run:
 
 
 def start(recipe, training, test, seed=0, device="auto", precision="auto"):
-    """Return a Run that has not trained yet, with the same weights on every device for the same seed.
+    """Return a Run that has not trained yet. For one seed its random weights are the same on every device.
 
     `training` and `test` are Splits of uint8 images (N, 3, 32, 32). `device` is cuda, mps or cpu, `precision` fp32,
-    bf16 or fp16; auto takes the fastest there is. Where there are fewer images than a batch has, all are one batch.
+    bf16 or fp16; auto is what `choose_device` and `choose_precision` return. Where there are fewer images than a batch
+    has, all are one batch. Raises ValueError where device or precision cannot be had.
     """
     device = choose_device() if device == "auto" else device
-    dtype = DTYPES[choose_precision(device) if precision == "auto" else precision]
+    precision = choose_precision(device) if precision == "auto" else precision
+    check_device(device, precision)
+    dtype = DTYPES[precision]
     make_fast(device)
 
     torch.manual_seed(seed)
@@ -447,11 +450,26 @@ def choose_device():
 
 
 def choose_precision(device):
-    """Return the fastest precision that `device` has instructions for; never one that it only emulates."""
+    """Return bf16 where `device` is known to be fast at it, else fp16 on CUDA GPUs and fp32 on all else.
+
+    Many devices emulate a precision that they have no instructions for, which is far slower than fp32.
+    """
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # older PyTorch has none
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def check_device(device, precision):
+    """Raise ValueError, with a sentence that says why, where a run cannot have this device or this precision."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    for name, value, allowed in (("device", device, found), ("precision", precision, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}: one of auto, {', '.join(allowed)} is needed")
+    if not found[device]:
+        raise ValueError(f"device {device}: PyTorch finds no such device here; try cpu")
+    if device == "mps" and precision == "fp16":
+        raise ValueError("precision fp16 needs gradient scaling, which fails on some Apple GPUs; try fp32")
 
 
 def make_fast(device):
@@ -568,12 +586,15 @@ def find_rates(run, on_step=None):
 
 
 def sweep_length(recipe, steps_per_epoch):
-    """Return how many steps a sweep has: those of the recipe, but one epoch at least and two at most."""
+    """Return how many steps a sweep has: those of the recipe, but in one to two epochs, and never under 8."""
     return max(steps_per_epoch, min(recipe.sweep_steps, 2 * steps_per_epoch), SWEEP_FEWEST_STEPS)
 
 
 def smooth(losses, steps_per_decade):
-    """Return the centred moving average of a list from half to twice the learning rate, taken twice; it has no lag."""
+    """Return the centred moving average of a list from half to twice the learning rate, taken twice.
+
+    It has no lag. Towards either end of the list it averages over what there is.
+    """
     half = round(steps_per_decade * math.log10(2))
     for _ in range(2):
         losses = [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
@@ -723,7 +744,7 @@ def parse_arguments(argv=None):
            type=number(int, "[0, inf)"), default=0, metavar="N")
     option("--data-dir", "where CIFAR-10 is, or is downloaded to", type=Path, default=Path("data"), metavar="DIR")
     option("--device", "auto is the fastest there is", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    option("--precision", "auto is bf16 where the hardware has it, fp16 on older CUDA GPUs, else fp32",
+    option("--precision", "auto is bf16 on CUDA GPUs and x86 CPUs that have it, fp16 on older CUDA GPUs, else fp32",
            choices=["auto", *DTYPES], default="auto")
     option("--set", "give a constant of the recipe another value, a pair as A,B; may be given several times",
            "the recipe as it stands", type=recipe_constant, action="append", default=[], metavar="NAME=VALUE")
@@ -750,12 +771,14 @@ def parse_arguments(argv=None):
     del config.epochs, config.batch_size, config.set  # the recipe has them
     if config.device == "auto":
         config.device = choose_device()
-    elif not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(config.device, True):
-        parser.error(f"--device {config.device}: PyTorch finds no such device here; try --device cpu")
-    if config.device == "mps" and config.precision == "fp16":
-        parser.error("--precision fp16 needs gradient scaling, which fails on some Apple GPUs; try --precision fp32")
     if config.precision == "auto":
         config.precision = choose_precision(config.device)
+    try:
+        check_device(config.device, config.precision)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if config.weights and not config.recipe.epochs:
+        parser.error("--weights: --epochs 0 trains none")
     files = [os.path.realpath(path) for path in (config.output, config.checkpoint, config.weights) if path]
     if len(set(files)) < len(files):
         parser.error("--output, --checkpoint and --weights name the same file twice: each needs its own")
@@ -804,7 +827,7 @@ def write_file(path, fill=None):
     try:
         target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
+        if os.path.lexists(target) and not target.is_file():  # a link to itself is there but does not exist
             raise OSError("it is there and not a file")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-", suffix=".tmp") as folder:
             if fill:
@@ -886,7 +909,6 @@ def load_checkpoint(config, run, report):
             old = saved["report"]
             report.update(lr_sweep=old["lr_sweep"], epochs=old["epochs"], summary=old["summary"])
             report["config"].update({name: old["config"][name] for name in ("lr_min", "lr_max", "weight_decay")})
-            "".join(map(format_row, report["epochs"]))  # fails where something is missing
             return Path(old["config"]["output"])
     except Exception as error:  # what a damaged file raises is of many kinds
         raise UserError(f"{config.checkpoint} is not a checkpoint of this script ({type(error).__name__}).\n"
@@ -942,8 +964,8 @@ def print_heading(report):
           f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
           f"report     {config['output']}")
     if environment["device"] == "cpu" and environment["precision"] not in ("fp32", choose_precision("cpu")):
-        print(f"slow       this CPU has no instructions for {environment['precision']}, which takes many times as long "
-              f"as --precision fp32")
+        print(f"slow       unless this CPU has instructions for {environment['precision']}: without them it takes many "
+              f"times as long as --precision fp32")
 
 
 # The columns of the table on the screen: what they show of an epoch's row, their heading and format.
@@ -1135,8 +1157,8 @@ def train_once(config, data, output):
             write_file(config.checkpoint, lambda file: torch.save(content, file))
 
     save("running")
-    print_heading(report)
     try:
+        print_heading(report)
         if not resumed:
             choose_rates(config, run, report)
             save("running", checkpoint=True)
@@ -1244,7 +1266,8 @@ def settle_in():
     for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):  # Windows lacks the latter
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, interrupt)
-    if sys.stdout is not None:  # a path may have letters that the terminal has not; a line is to appear when it is done
+    if hasattr(sys.stdout, "reconfigure"):  # it is None where output is closed, and something else under IPython's %run
+        # A path may have letters that the terminal has not; a line is to appear when it is done.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
