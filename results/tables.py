@@ -265,6 +265,11 @@ def extremes(lrs):
     return f"{min(lrs):.3g} to {max(lrs):.3g}"
 
 
+def at_60():
+    """Return the runs over 8 epochs that others are compared with: the default recipe's at LRMAX 0.06."""
+    return [report for report in load("grid").values() if report["config"]["lr_max"] == 0.06]
+
+
 def groups(reports, key):
     """Return the reports in groups, a dictionary each, of the same `key(report)`."""
     grouped = {}
@@ -481,7 +486,12 @@ def quotes():
                for report in default]
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
+    valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
+    at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr]
     return {"accuracies": accuracies_table(), "results": results,
+            "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
+            "at valley": (f"in {at_valley[0]['config']['precision']}, at {in_words(at_valley)}, of held-out images, "
+                          f"where LRMAX 0.06 ends at {mean(at_60()):.2%}"),
             "rates": f"LRMAX {extremes(took)}, where today's finds {extremes(rates[1])}",
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
                       f"{statistics.median(in_fp32):.0f}"),
@@ -502,7 +512,6 @@ def readme():
     settled_on = [found(report) for report in plain_today if report["config"]["seed"] < 10]
     fresh = [found(report) for report in plain_today if report["config"]["seed"] >= 10]
     check_alike(earlier.values(), "recipe")
-    at_60 = [report for report in grid.values() if report["config"]["lr_max"] == 0.06]
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
@@ -517,13 +526,13 @@ def readme():
         earlier=whole_runs(earlier), earlier_headline=in_words(earlier.values()),
         letter=letter_table({**letter, **default, **earlier}),
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
-        ablations=short_runs(ablations, at_60),
+        ablations=short_runs(ablations, at_60()),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
-        grid=short_runs(grid, at_60), plain_grid=short_runs(plain_grid, best_plain),
+        grid=short_runs(grid, at_60()), plain_grid=short_runs(plain_grid, best_plain),
         plain_found=extremes(settled_on + fresh),
         sweeps=sweep_table(all_sweeps), rules=rules_table(all_sweeps),
-        others_rates=others_rates_table(load("others-rates"), tuned_today, at_60),
-        at_60=f"{mean(at_60):.2%}",
+        others_rates=others_rates_table(load("others-rates"), tuned_today, at_60()),
+        at_60=f"{mean(at_60()):.2%}",
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
         apart=f"{max(map(factor, pairs)) - 1:.1%}",
