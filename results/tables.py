@@ -491,7 +491,7 @@ def quotes():
     return {"accuracies": accuracies_table(), "results": results,
             "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
             "at valley": (f"in {at_valley[0]['config']['precision']}, at {in_words(at_valley)}, of held-out images, "
-                          f"where LRMAX 0.06 ends at {mean(at_60()):.2%}"),
+                          f"where LRMAX 0.06 ends, in {at_60()[0]['config']['precision']}, at {mean(at_60()):.2%}"),
             "rates": f"LRMAX {extremes(took)}, where today's finds {extremes(rates[1])}",
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
                       f"{statistics.median(in_fp32):.0f}"),
