@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 import train
-from results import tables
+from results import candidates, tables
 from train import Recipe
 
 SCRIPT = Path(train.__file__).resolve()
@@ -1203,6 +1203,94 @@ def test_the_table_of_others_rates_leaves_out_no_run_and_no_rule():
     for lr_max, changed in ((rates[0] * 1.5, {}), (rates[0], {"label_smoothing": 0.1})):
         with pytest.raises(ValueError, match="rule's rate"):
             rows(lr_max, **changed)
+
+
+# ---- Candidates for the recipe ---------------------------------------------------------------------------------------
+
+def run_with(workplace, *arguments):
+    """Run the script of candidates on small data. Returns its report."""
+    options, rest = candidates.parse_arguments([*SMALL, *REPORT, *map(str, arguments)])
+    assert candidates.train_with(options, rest) == 0
+    return workplace.report()
+
+
+def test_candidates_that_are_off_change_nothing(workplace):
+    report = run_with(workplace, "--epochs", 2)
+    assert workplace.run("--epochs", 2) == 0
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert [row[name] for row in report["epochs"]] == [row[name] for row in workplace.report()["epochs"]]
+    assert report["candidates"]["ghost_batch"] == 0 and "candidates" not in workplace.report()
+    with pytest.raises(SystemExit):
+        candidates.parse_arguments(["--checkpoint=a.pt"])
+
+
+def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, monkeypatch):
+    averaged, average, start = [], candidates.average, train.start
+
+    def average_and_note(run, memory):
+        averaged.append(average(run, memory))
+        return averaged[-1]
+
+    def watched(model):
+        return torch.cat([model.head.weight.detach().flatten(), model.prep[1].running_var])
+
+    def start_and_note(*arguments):
+        run = start(*arguments)
+        run.optimizer.register_step_post_hook(lambda *_: steps.append(watched(run.model)))
+        return run
+    steps = []
+    monkeypatch.setattr(candidates, "average", average_and_note)
+    monkeypatch.setattr(train, "start", start_and_note)
+    report = run_with(workplace, "--epochs", 3, "--averages", 1, 4)
+    steps = steps[len(report["lr_sweep"]["lr"]):]  # those of the sweep do not count
+    assert len(steps) == 6
+    expected = steps[0]
+    for values in steps[1:]:
+        expected = expected + (values - expected) / 4
+    torch.testing.assert_close(watched(averaged[1]), expected)
+    torch.testing.assert_close(watched(averaged[0]), steps[-1])
+    for row in report["epochs"]:
+        assert row["average_accuracy"].keys() == {"1", "4"}
+        assert row["average_accuracy"]["1"] == row["test_accuracy"]  # it remembers one step: the weights themselves
+
+
+def test_ghost_batches_are_normalised_each_by_itself():
+    torch.manual_seed(0)
+    network = type("ResNet", (candidates.GhostResNet,), {"ghost_batch": 6})(Recipe(batchnorm_momentum=1.0))
+    images = torch.randn(14, 3, 32, 32)
+    alone = copy.deepcopy(network)
+    logits = network(images)
+    for part in ([0, 6], [6, 12], [12, 14]):
+        torch.testing.assert_close(train.ResNet.forward(alone, images[slice(*part)]), logits[slice(*part)])
+    torch.testing.assert_close(network.prep[1].running_var, alone.prep[1].running_var)
+    network.eval(), alone.eval()
+    torch.testing.assert_close(network(images), train.ResNet.forward(alone, images))
+
+
+def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
+    start, runs, steps = train.start, [], []
+
+    def start_and_note(*arguments):
+        runs.append(start(*arguments))
+        before.update(copy.deepcopy(runs[-1].model.state_dict()))
+        runs[-1].optimizer.register_step_post_hook(
+            lambda optimizer, *_: steps.append([group["lr"] for group in optimizer.param_groups]))
+        return runs[-1]
+    before = {}
+    monkeypatch.setattr(train, "start", start_and_note)
+    run_with(workplace, "--epochs", 1, "--bias-rate", 16, "--fixed-scales", "--fixed-whitening")
+    assert all(bias_lr == pytest.approx(16 * lr) for lr, bias_lr in steps) and len(steps) > 2
+    after = runs[-1].model.state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    scales = {name for name, value in after.items() if name.endswith(".weight") and value.ndim == 1}
+    assert len(scales) == 8 and not moved & {*scales, "prep.0.weight"}
+    assert {"prep.1.bias", "head.weight", "layer1.0.0.weight"} <= moved
+
+    seen = []
+    monkeypatch.setattr(train, "whiten_first_layer", lambda model, images, floor: seen.append(images))
+    for arguments in ((), ("--whitening-unpadded",)):
+        run_with(workplace, "--epochs", 1, *RATES, *arguments)
+    assert torch.equal(seen[0][..., 4:36, 4:36], seen[1]) and seen[0].shape[-1] == 40
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])

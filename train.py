@@ -960,7 +960,7 @@ def print_heading(report):
     print(f"recipe     {config['recipe_name']}{''.join(changed)}\n"
           f"model      custom ResNet, {report['parameters']:,} parameters, seed {config['seed']}\n"
           f"device     {environment['device']} ({environment['device_name']}), {environment['precision']}, "
-          f"{environment['threads']} CPU threads, PyTorch {environment['torch']}\n"
+          f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}, PyTorch {environment['torch']}\n"
           f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
           f"report     {config['output']}")
     if environment["device"] == "cpu" and environment["precision"] not in ("fp32", choose_precision("cpu")):

@@ -54,7 +54,7 @@ those that the sweep finds; below it the default command again. The last column 
 {letter}
 
 With the L2 term ours ends where the report does, though it reaches 90% later. Without it, at LRMAX 0.001 and 0.01, ours
-ends more above what was reported than the seeds of the tuned recipe lie apart. What those codes did is not known; they
+ends more above what was reported than seeds of one recipe lie apart. What those codes did is not known; they
 may have differed in all that the recipe leaves open and `plain` settles: a crop, a coin and a hole of its own for each
 image in each epoch, the hole wholly inside the image and in the mean colour, convolutions without bias, PyTorch's
 initialisation, a linear fall of the rate. LRMAX / 25, with which the first of the two began, is where PyTorch's
@@ -132,6 +132,12 @@ that last as long as today's:
 LRMIN is a fixed fraction of LRMAX. An earlier rule found it, and accuracy did not follow: whole runs of the tuned
 recipe reached
 {fractions}.
+
+## Candidates for the recipe
+
+`python results/candidates.py` trains as `train.py` does, with parts that the recipe may yet get: averages of the
+weights, ghost batches, other rates for biases, fixed scales or whitening (`--help` lists them). They have been tested,
+but no whole run has been made with any.
 """
 
 
