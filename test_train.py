@@ -1190,19 +1190,19 @@ def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
 def test_the_table_of_others_rates_leaves_out_no_run_and_no_rule():
     sweeps = [report for report in tables.todays_sweeps(tables.load("sweeps")) if report["config"]["batch_size"] == 512]
     run = tables.load("grid")["grid/lr-max-0.06-seed0.json"]
-    rates = [np.median([tables.others_rules(report)[rule] for report in sweeps]) for rule in
-             ("fastai, valley", "fastai, minimum / 10", "pytorch-lr-finder, steepest")]
 
-    def rows(lr_max, **changed):
-        recipe = {**run["config"]["recipe"], **changed}
-        report = {**run, "config": {**run["config"], "lr_max": lr_max, "recipe": recipe}}
-        return tables.others_rates_table({"a run": report}, sweeps, [run]).splitlines()[2:]
-    for i, lr_max in enumerate(rates):
-        table = rows(float(f"{lr_max:.2g}"))
-        assert len(table) == 3 and "(a run) | 0.00 |" in table[i] and "".join(table).count("not run yet") == 2
-    for lr_max, changed in ((rates[0] * 1.5, {}), (rates[0], {"label_smoothing": 0.1})):
-        with pytest.raises(ValueError, match="rule's rate"):
-            rows(lr_max, **changed)
+    def at(lr_max, **changed):
+        return {**run, "config": {**run["config"], "lr_max": lr_max, "recipe": {**run["config"]["recipe"], **changed}}}
+    runs = {rule: at(float(f"{np.median([tables.others_rules(report)[rule] for report in sweeps]):.2g}")) for rule in
+            ("fastai, valley", "fastai, minimum / 10", "pytorch-lr-finder, steepest")}
+    rows = tables.others_rates_table(runs, sweeps, [run]).splitlines()[2:]
+    assert len(rows) == 3 and all(f"| {rule} | {runs[rule]['config']['lr_max']:.2g} |" in row and f"({rule}) | 0.00 |"
+                                  in row for rule, row in zip(runs, rows))
+    a_rate = runs["fastai, valley"]["config"]["lr_max"]
+    for changed in ({"fastai, valley": at(1.5 * a_rate)}, {"fastai, valley": at(a_rate, label_smoothing=0.1)},
+                    {"another": at(1.5 * a_rate)}):
+        with pytest.raises(ValueError, match="without a run, or a run at none"):
+            tables.others_rates_table({**runs, **changed}, sweeps, [run])
 
 
 # ---- Candidates for the recipe ---------------------------------------------------------------------------------------
@@ -1220,6 +1220,9 @@ def test_candidates_that_are_off_change_nothing(workplace):
     for name in ("train_loss", "test_loss", "test_accuracy"):
         assert [row[name] for row in report["epochs"]] == [row[name] for row in workplace.report()["epochs"]]
     assert report["candidates"]["ghost_batch"] == 0 and "candidates" not in workplace.report()
+    assert tables.recipe_in_words(report) == tables.recipe_in_words(workplace.report()) == "tuned"
+    report["candidates"].update(averages=[50], ghost_batch=128, fixed_scales=True)
+    assert tables.recipe_in_words(report) == "tuned, ghost_batch 128, fixed_scales True"
     with pytest.raises(SystemExit):
         candidates.parse_arguments(["--checkpoint=a.pt"])
 

@@ -23,15 +23,15 @@ def parse_arguments(argv):
     """Return the candidates, a namespace, and the arguments that are left for `train.py`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--averages", type=int, nargs="+", default=[], metavar="STEPS",
+    parser.add_argument("--averages", type=train.number(int, "[1, inf)"), nargs="+", default=[], metavar="STEPS",
                         help="evaluate averages of the weights that remember so many steps (exponential)")
-    parser.add_argument("--ghost-batch", type=int, default=0, metavar="N",
+    parser.add_argument("--ghost-batch", type=train.number(int, "[0, inf)"), default=0, metavar="N",
                         help="BatchNorm sees N images of a batch at a time; 0 is all")
-    parser.add_argument("--bias-rate", type=float, default=1.0, metavar="FACTOR",
+    parser.add_argument("--bias-rate", type=train.number(float, "(0, inf)"), default=1.0, metavar="FACTOR",
                         help="the learning rate of biases and of BatchNorm's scales and shifts, as a multiple")
     parser.add_argument("--fixed-scales", action="store_true", help="BatchNorm's scales stay 1")
     parser.add_argument("--fixed-whitening", action="store_true", help="the first convolution is not trained")
-    parser.add_argument("--whitening-unpadded", action="store_true", help="whiten patches of images without their padding")
+    parser.add_argument("--whitening-unpadded", action="store_true", help="whiten the patches of unpadded images")
     options, rest = parser.parse_known_args(argv)
     if any(argument.split("=")[0] == "--checkpoint" for argument in rest):
         parser.error("--checkpoint: it would not have the averages of the weights")

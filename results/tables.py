@@ -18,6 +18,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
+from results import candidates  # noqa: E402
 
 TEXT = """# Results
 
@@ -94,7 +95,7 @@ The same of the plain recipe, `--recipe plain`; "behind" is the distance to its 
 
 {plain_grid}
 
-Today's sweeps find {plain_found} for it.
+Today's sweeps find {plain_found} for it (median {plain_median}).
 
 ## Sweeps
 
@@ -244,6 +245,9 @@ def recipe_in_words(report):
     changed = [f"{constant} {value}" for constant, value in recipe.items()
                if constant in usual and value != usual[constant]
                and not constant.startswith("sweep_")]  # which `rate` tells
+    off = vars(candidates.parse_arguments([])[0])
+    changed += [f"{name} {value}" for name, value in report.get("candidates", {}).items()
+                if value != off[name] and name != "averages"]  # which leave the weights as they are
     return ", ".join([name, *changed])
 
 
@@ -431,22 +435,20 @@ def rules_table(sweeps):
 def others_rates_table(runs, sweeps, reference):
     """Return the table of runs at the median rate of each rule of others on `sweeps`, compared as in `short_runs`.
 
-    A rule without a run has a row that says so. Raises ValueError where a run is not the tuned recipe's at such a rate.
+    Raises ValueError where a run is not the tuned recipe's at such a rate, or a rule has none.
     """
     check_alike([*runs.values(), *reference], "epochs", "batch_size", "subset", "holdout", "lr_min")
+    medians = {rule: f"{statistics.median(lrs):.2g}" for rule, lrs in found_by_rules(sweeps).items() if rule != "ours"}
     at_rate = groups(runs, lambda report: (recipe_in_words(report), f"{report['config']['lr_max']:.2g}"))
+    if at_rate.keys() != (needed := {("tuned", lr_max) for lr_max in medians.values()}):
+        raise ValueError(f"a rule's rate without a run, or a run at none: {at_rate.keys() ^ needed}")
     rows = []
-    for rule, lrs in found_by_rules(sweeps).items():
-        lr_max = f"{statistics.median(lrs):.2g}"
-        by_precision = groups(at_rate.pop(("tuned", lr_max), {}), lambda report: report["config"]["precision"])
-        for precision, group in by_precision.items():
-            rows.append([rule, lr_max, precision, of_each_seed(group),
-                         f"{100 * (mean(reference) - mean(group.values())):.2f}"])
-        if not by_precision and rule != "ours":
-            rows.append([rule, lr_max, "-", "not run yet", "-"])
-    if at_rate:
-        raise ValueError(f"runs that are not the tuned recipe's at a rule's rate: {', '.join(map(str, at_rate))}")
-    return table(["rule", "its median LRMAX", "precision", "accuracy of each seed", "behind, points"], rows)
+    for rule, lr_max in medians.items():
+        by_precision = groups(at_rate["tuned", lr_max], lambda report: report["config"]["precision"])
+        rows += [[rule, lr_max, precision, f"{mean(group.values()):.2%}", of_each_seed(group),
+                  f"{100 * (mean(reference) - mean(group.values())):.2f}"]
+                 for precision, group in by_precision.items()]
+    return table(["rule", "its median LRMAX", "precision", "mean", "of each seed", "behind, points"], rows)
 
 
 def lr_min_fractions(*studies):
@@ -493,11 +495,12 @@ def quotes():
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
     valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
-    at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr]
+    at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
+                 and report["config"]["precision"] == at_60()[0]["config"]["precision"]]
     return {"accuracies": accuracies_table(), "results": results,
             "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
-            "at valley": (f"in {at_valley[0]['config']['precision']}, at {in_words(at_valley)}, of held-out images, "
-                          f"where LRMAX 0.06 ends, in {at_60()[0]['config']['precision']}, at {mean(at_60()):.2%}"),
+            "at valley": (f"at {in_words(at_valley)}, of held-out images, "
+                          f"where LRMAX 0.06 ends at {mean(at_60()):.2%}"),
             "rates": f"LRMAX {extremes(took)}, where today's finds {extremes(rates[1])}",
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
                       f"{statistics.median(in_fp32):.0f}"),
@@ -535,7 +538,7 @@ def readme():
         ablations=short_runs(ablations, at_60()),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
         grid=short_runs(grid, at_60()), plain_grid=short_runs(plain_grid, best_plain),
-        plain_found=extremes(settled_on + fresh),
+        plain_found=extremes(settled_on + fresh), plain_median=f"{statistics.median(settled_on + fresh):.3g}",
         sweeps=sweep_table(all_sweeps), rules=rules_table(all_sweeps),
         others_rates=others_rates_table(load("others-rates"), tuned_today, at_60()),
         at_60=f"{mean(at_60()):.2%}",
