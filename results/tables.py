@@ -95,7 +95,8 @@ The same of the plain recipe, `--recipe plain`; "behind" is the distance to its 
 
 {plain_grid}
 
-Today's sweeps find {plain_found} for it (median {plain_median}).
+Today's sweeps find {plain_found} for it (median {plain_median}): at the median that is the best row, at either end it
+costs some tenths of a point.
 
 ## Sweeps
 
