@@ -1223,8 +1223,9 @@ def test_candidates_that_are_off_change_nothing(workplace):
     assert tables.recipe_in_words(report) == tables.recipe_in_words(workplace.report()) == "tuned"
     report["candidates"].update(averages=[50], ghost_batch=128, fixed_scales=True)
     assert tables.recipe_in_words(report) == "tuned, ghost_batch 128, fixed_scales True"
-    with pytest.raises(SystemExit):
-        candidates.parse_arguments(["--checkpoint=a.pt"])
+    for arguments in (["--checkpoint=a.pt"], ["--check", "a.pt"]):  # abbreviated too
+        with pytest.raises(SystemExit):
+            candidates.parse_arguments(arguments)
 
 
 def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, monkeypatch):

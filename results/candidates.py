@@ -33,9 +33,12 @@ def parse_arguments(argv):
     parser.add_argument("--fixed-whitening", action="store_true", help="the first convolution is not trained")
     parser.add_argument("--whitening-unpadded", action="store_true", help="whiten the patches of unpadded images")
     options, rest = parser.parse_known_args(argv)
-    if any(argument.split("=")[0] == "--checkpoint" for argument in rest):
+    if train.parse_arguments(rest).checkpoint:
         parser.error("--checkpoint: it would not have the averages of the weights")
     return options, rest
+
+
+OFF = vars(parse_arguments([])[0])  # the candidates of a run that has none
 
 
 class GhostResNet(train.ResNet):
@@ -70,9 +73,10 @@ def train_with(options, argv):
         run = start(*arguments)
         if options.fixed_whitening:
             run.model.prep[0].weight.requires_grad_(False)
-        for module in run.model.modules():
-            if options.fixed_scales and isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.requires_grad_(False)
+        if options.fixed_scales:
+            for module in run.model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.weight.requires_grad_(False)
         run.optimizer.register_step_pre_hook(scale_bias_rate)
         averages.update({memory: average(run, memory) for memory in options.averages})
         return run

@@ -95,8 +95,8 @@ The same of the plain recipe, `--recipe plain`; "behind" is the distance to its 
 
 {plain_grid}
 
-Today's sweeps find {plain_found} for it (median {plain_median}): at the median that is the best row, at either end it
-costs some tenths of a point.
+Today's sweeps find {plain_found} for it (median {plain_median}): at the median that is the best row; the rows
+next to either end are some tenths of a point behind.
 
 ## Sweeps
 
@@ -138,7 +138,7 @@ recipe reached
 ## Candidates for the recipe
 
 `python results/candidates.py` trains as `train.py` does, with parts that the recipe may yet get: averages of the
-weights, ghost batches, other rates for biases, fixed scales or whitening (`--help` lists them). They have been tested,
+weights, ghost batches, other rates for biases, fixed scales or whitening (`--help` lists them). Each has a test,
 but no whole run has been made with any.
 """
 
@@ -246,9 +246,8 @@ def recipe_in_words(report):
     changed = [f"{constant} {value}" for constant, value in recipe.items()
                if constant in usual and value != usual[constant]
                and not constant.startswith("sweep_")]  # which `rate` tells
-    off = vars(candidates.parse_arguments([])[0])
     changed += [f"{name} {value}" for name, value in report.get("candidates", {}).items()
-                if value != off[name] and name != "averages"]  # which leave the weights as they are
+                if value != candidates.OFF[name] and name != "averages"]  # which leave the weights as they are
     return ", ".join([name, *changed])
 
 
@@ -479,7 +478,7 @@ def accuracies_table():
 def quotes():
     """Return what the README of the project quotes of these reports, by what it is about."""
     default, earlier = (list(load(study).values()) for study in ("default", "earlier-sweep"))
-    runs = default + earlier
+    runs, reference = default + earlier, at_60()
     minutes = [report["summary"]["total_seconds"] / 60 for report in runs]
     rows = [[report["config"]["seed"], rate(report), f"{accuracy(report):.2%}",
              f"{report['summary']['tta_test_accuracy']:.2%}",
@@ -497,11 +496,11 @@ def quotes():
                for report in plain if report["config"]["precision"] == "fp32"]
     valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
     at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
-                 and report["config"]["precision"] == at_60()[0]["config"]["precision"]]
+                 and report["config"]["precision"] == reference[0]["config"]["precision"]]
     return {"accuracies": accuracies_table(), "results": results,
             "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
             "at valley": (f"at {in_words(at_valley)}, of held-out images, "
-                          f"where LRMAX 0.06 ends at {mean(at_60()):.2%}"),
+                          f"where LRMAX 0.06 ends at {mean(reference):.2%}"),
             "rates": f"LRMAX {extremes(took)}, where today's finds {extremes(rates[1])}",
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
                       f"{statistics.median(in_fp32):.0f}"),
@@ -516,6 +515,7 @@ def readme():
     """Return the text of results/README.md."""
     default, earlier, letter, holdout = map(load, ("default", "earlier-sweep", "letter", "holdout"))
     grid, plain_grid, sweeps, plain_sweeps = map(load, ("grid", "plain-grid", "sweeps", "plain-sweeps"))
+    reference = at_60()
     best_plain = max((list(group.values()) for group in groups(plain_grid, what_varies).values()), key=mean)
     plain_today = todays_sweeps(plain_sweeps)
     tuned_today = [report for report in todays_sweeps(sweeps) if report["config"]["batch_size"] == 512]
@@ -536,13 +536,13 @@ def readme():
         earlier=whole_runs(earlier), earlier_headline=in_words(earlier.values()),
         letter=letter_table({**letter, **default, **earlier}),
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
-        ablations=short_runs(ablations, at_60()),
+        ablations=short_runs(ablations, reference),
         smallest_gap=f"{min(gaps):.2f}", largest_gap=f"{max(gaps):.2f}",
-        grid=short_runs(grid, at_60()), plain_grid=short_runs(plain_grid, best_plain),
+        grid=short_runs(grid, reference), plain_grid=short_runs(plain_grid, best_plain),
         plain_found=extremes(settled_on + fresh), plain_median=f"{statistics.median(settled_on + fresh):.3g}",
         sweeps=sweep_table(all_sweeps), rules=rules_table(all_sweeps),
-        others_rates=others_rates_table(load("others-rates"), tuned_today, at_60()),
-        at_60=f"{mean(at_60()):.2%}",
+        others_rates=others_rates_table(load("others-rates"), tuned_today, reference),
+        at_60=f"{mean(reference):.2%}",
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
         apart=f"{max(map(factor, pairs)) - 1:.1%}",
