@@ -1205,6 +1205,33 @@ def test_the_table_of_others_rates_leaves_out_no_run_and_no_rule():
             tables.others_rates_table({**runs, **changed}, sweeps, [run])
 
 
+def test_the_proxy_puts_recipes_in_the_order_of_whole_runs():
+    whole = {name: report for study in ("holdout", "default", "earlier-sweep", "letter")
+             for name, report in tables.load(study).items()}
+    rows = [row.split(" | ") for row in tables.proxy_known_table(tables.load("proxy"), whole).splitlines()[2:]]
+    for column in (4, 5):
+        percentages = [re.findall(r"\[([\d.]+)%\]", row[column]) for row in rows]
+        means = [np.mean(list(map(float, row))) for row in percentages if row]
+        assert len(means) >= 2 and means == sorted(means, reverse=True)
+    with pytest.raises(ValueError, match="not a run of the proxy"):
+        tables.proxy_accuracies(tables.load("grid"))
+
+
+def test_the_table_of_the_proxy_compares_means_and_says_how_sure_they_are():
+    report = tables.load("proxy")["proxy/tuned-seed0.json"]
+
+    def run(seed, accuracy, average, **changed):
+        config = {**report["config"], "seed": seed, "recipe": {**report["config"]["recipe"], **changed}}
+        last = {**report["epochs"][-1], "test_accuracy": accuracy, "average_accuracy": {"50": average}}
+        return {**report, "config": config, "epochs": [last]}
+    rows = tables.proxy_table({
+        "a": run(0, 0.90, 0.91), "b": run(1, 0.92, 0.93), "c": run(0, 0.95, 0.5, beta2=0.9)}).splitlines()[2:]
+    # Of the two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
+    assert rows[0] == "| tuned, beta2 0.9 | 1 | 95.00% | [95.00%](c) | +4.00 ± 1.73 |"
+    assert rows[1] == "| tuned, average of 50 steps | 2 | 92.00% | [91.00%](a), [93.00%](b) | +1.00 ± 1.41 |"
+    assert rows[2] == "| tuned | 2 | 91.00% | [90.00%](a), [92.00%](b) | - |" and len(rows) == 4
+
+
 # ---- Candidates for the recipe ---------------------------------------------------------------------------------------
 
 def run_with(workplace, *arguments):
@@ -1260,7 +1287,7 @@ def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, m
 
 def test_ghost_batches_are_normalised_each_by_itself():
     torch.manual_seed(0)
-    network = type("ResNet", (candidates.GhostResNet,), {"ghost_batch": 6})(Recipe(batchnorm_momentum=1.0))
+    network = type("Ghost", (candidates.GhostForward, train.ResNet), {"ghost_batch": 6})(Recipe(batchnorm_momentum=1.0))
     images = torch.randn(14, 3, 32, 32)
     alone = copy.deepcopy(network)
     logits = network(images)
@@ -1269,6 +1296,18 @@ def test_ghost_batches_are_normalised_each_by_itself():
     torch.testing.assert_close(network.prep[1].running_var, alone.prep[1].running_var)
     network.eval(), alone.eval()
     torch.testing.assert_close(network(images), train.ResNet.forward(alone, images))
+
+
+def test_the_network_of_half_the_width(workplace):
+    network = candidates.NarrowResNet()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 1_665_482
+    assert [tuple(module.weight.shape[:2]) for module in network.modules() if isinstance(module, nn.Conv2d)] == [
+        (64, 3), (64, 64), (64, 64), (64, 64), (128, 64), (256, 128), (256, 256), (256, 256)]
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    report = run_with(workplace, "--epochs", 1, "--half-width", "--ghost-batch", 20, *RATES)
+    assert report["parameters"] == 1_665_482
+    assert tables.recipe_in_words(report) == "tuned, ghost_batch 20, half_width True"
+    assert sum(parameter.numel() for parameter in train.ResNet().parameters()) == 6_573_130  # it is as it was
 
 
 def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
