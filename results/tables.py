@@ -145,12 +145,11 @@ order is known from whole runs, the proxy gives the same one:
 
 {proxy_known}
 
-One change at a time on the proxy; "ahead" is the distance in points to the recipe as it is, with its standard error,
-for which runs of one row are taken to deviate by {proxy_deviation} points in all rows. An average of the weights is of the
-same run as the weights, whose seeds it shares.
+One change at a time on the proxy; "ahead" is the distance in points to the recipe as it is, with its standard error:
+runs of one row deviate by {proxy_deviation} points, which is taken to be so in all rows. An average of the weights is
+one of the same runs, beside the weights themselves.
 
 {proxy}
-
 """
 
 
