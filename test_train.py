@@ -1224,12 +1224,15 @@ def test_the_table_of_the_proxy_compares_means_and_says_how_sure_they_are():
         config = {**report["config"], "seed": seed, "recipe": {**report["config"]["recipe"], **changed}}
         last = {**report["epochs"][-1], "test_accuracy": accuracy, "average_accuracy": {"50": average}}
         return {**report, "config": config, "epochs": [last]}
-    rows = tables.proxy_table({
-        "a": run(0, 0.90, 0.91), "b": run(1, 0.92, 0.93), "c": run(0, 0.95, 0.5, beta2=0.9)}).splitlines()[2:]
+    runs = {"a": run(0, 0.90, 0.91), "b": run(1, 0.92, 0.93), "c": run(0, 0.95, 0.5, beta2=0.9)}
+    rows = tables.proxy_table(runs).splitlines()[2:]
     # Of the two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
     assert rows[0] == "| tuned, beta2 0.9 | 1 | 95.00% | [95.00%](c) | +4.00 ± 1.73 |"
     assert rows[1] == "| tuned, average of 50 steps | 2 | 92.00% | [91.00%](a), [93.00%](b) | +1.00 ± 1.41 |"
     assert rows[2] == "| tuned | 2 | 91.00% | [90.00%](a), [92.00%](b) | - |" and len(rows) == 4
+    runs["b"]["config"]["lr_max"] = 0.12
+    with pytest.raises(ValueError, match="several rates of one recipe"):
+        tables.proxy_table(runs)
 
 
 # ---- Candidates for the recipe ---------------------------------------------------------------------------------------

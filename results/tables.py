@@ -211,10 +211,19 @@ def in_words(reports):
             if len(reports) > 1 else f"**{each}**, one seed")
 
 
+def in_order_of_seeds(reports):
+    """Return the (path, report) pairs of reports in the order of their seeds."""
+    return sorted(reports.items(), key=lambda item: item[1]["config"]["seed"])
+
+
+def links(accuracies):
+    """Return accuracies by the path of their report as text: a link to each report."""
+    return ", ".join(f"[{value:.2%}]({name})" for name, value in accuracies.items())
+
+
 def of_each_seed(reports):
     """Return the accuracy of each report in the order of the seeds, as a link to it."""
-    in_order = sorted(reports.items(), key=lambda item: item[1]["config"]["seed"])
-    return ", ".join(f"[{accuracy(report):.2%}]({name})" for name, report in in_order)
+    return links({name: accuracy(report) for name, report in in_order_of_seeds(reports)})
 
 
 def recipe_name(report):
@@ -383,7 +392,7 @@ def proxy_accuracies(reports):
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
     grouped = {}
-    for name, report in sorted(reports.items(), key=lambda item: item[1]["config"]["seed"]):
+    for name, report in in_order_of_seeds(reports):
         words, config = recipe_in_words(report), report["config"]
         if not words.endswith(HALF_WIDTH) or report["lr_sweep"]:
             raise ValueError(f"{name} is not a run of the proxy at a given rate")
@@ -402,17 +411,21 @@ def pooled_deviation(grouped):
 
 
 def proxy_table(reports):
-    """Return the table of what ran on the proxy beside the tuned recipe, compared with it, best first."""
-    grouped = proxy_accuracies(reports)
-    deviation = pooled_deviation(grouped)
-    tuned = {recipe: row for (recipe, *_), row in grouped.items() if recipe.startswith("tuned")}
-    reference = tuned["tuned"]
-    rows = []
+    """Return the table of what ran on the proxy beside the tuned recipe, compared with it, best first.
+
+    Raises ValueError where one recipe ran at several rates, which the table does not show.
+    """
+    grouped, tuned = proxy_accuracies(reports), {}
+    for (recipe, *_), row in grouped.items():
+        if recipe in tuned:
+            raise ValueError(f"several rates of one recipe: {recipe}")
+        if recipe.startswith("tuned"):
+            tuned[recipe] = row
+    reference, deviation, rows = tuned["tuned"], pooled_deviation(grouped), []
     for recipe, row in sorted(tuned.items(), key=lambda item: -statistics.fmean(item[1].values())):
         ahead = 100 * (statistics.fmean(row.values()) - statistics.fmean(reference.values()))
         error = 100 * deviation * math.sqrt(1 / len(row) + 1 / len(reference))
-        rows.append([recipe, len(row), f"{statistics.fmean(row.values()):.2%}",
-                     ", ".join(f"[{value:.2%}]({name})" for name, value in row.items()),
+        rows.append([recipe, len(row), f"{statistics.fmean(row.values()):.2%}", links(row),
                      "-" if row is reference else f"{ahead:+.2f} ± {error:.2f}"])
     return table(["recipe", "runs", "mean", "of each seed", "ahead, points"], rows)
 
@@ -431,9 +444,8 @@ def proxy_known_table(reports, whole):
         by_images = groups(known.get((recipe, lr_max), {}), lambda report: report["data"]["evaluated_on"])
         if by_images:
             rows.append([recipe, f"{lr_max:g}", f"{lr_min:.2g}",
-                         ", ".join(f"[{value:.2%}]({name})" for name, value in row.items()),
-                         *(of_each_seed(by_images.get(images, {})) or "-"
-                           for images in ("held-out training images", "test images"))])
+                         links(row), *(of_each_seed(by_images.get(images, {})) or "-"
+                                       for images in ("held-out training images", "test images"))])
     return table(["recipe", "LRMAX", "LRMIN", "proxy", "whole runs, held-out images", "whole runs, test images"], rows)
 
 
@@ -604,8 +616,8 @@ def readme():
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
-    tenth = [report["epochs"][9] for report in load("proxy").values() if "50" in report["epochs"][9].get(
-        "average_accuracy", ()) and recipe_in_words(report) == "tuned" + HALF_WIDTH]
+    proxy = load("proxy")
+    tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
              for group in groups({**ablations, **grid}, what_varies).values()]
     gaps = [100 * (max(accuracies) - min(accuracies)) for accuracies in seeds if len(accuracies) > 1]
@@ -623,11 +635,11 @@ def readme():
         plain_found=extremes(settled_on + fresh), plain_median=f"{statistics.median(settled_on + fresh):.3g}",
         sweeps=sweep_table(all_sweeps), rules=rules_table(all_sweeps),
         others_rates=others_rates_table(load("others-rates"), tuned_today, reference),
-        at_60=f"{mean(reference):.2%}", proxy=proxy_table(load("proxy")),
+        at_60=f"{mean(reference):.2%}", proxy=proxy_table(proxy),
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
-        proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(load('proxy'))):.2f}",
-        proxy_known=proxy_known_table(load("proxy"), {**holdout, **default, **earlier, **letter}),
+        proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
+        proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
         apart=f"{max(map(factor, pairs)) - 1:.1%}",
