@@ -1235,6 +1235,34 @@ def test_the_table_of_the_proxy_compares_means_and_says_how_sure_they_are():
         tables.proxy_table(runs)
 
 
+def test_the_table_of_changes_compares_averages_and_says_how_sure_they_are():
+    report = tables.load("ranking")["ranking/tuned-seed0.json"]
+
+    def run(seed, accuracy, average, lr_max=0.06, candidates=(), **changed):
+        config = {**report["config"], "seed": seed, "recipe": {**report["config"]["recipe"], **changed}}
+        last = {"test_accuracy": accuracy, "average_accuracy": {"50": average}}
+        return {**report, "config": {**config, "lr_max": lr_max}, "epochs": [last],
+                "candidates": {**report["candidates"], **dict(candidates)}}
+    runs = {"b": run(1, 0.92, 0.93), "ranking/tuned-seed0.json": run(0, 0.90, 0.91),
+            "d": run(1, 0.9, 0.52, 0.12, beta2=0.9), "c": run(0, 0.95, 0.5, 0.12, beta2=0.9),
+            "e": run(0, 0.93, 0.96, candidates={"ghost_batch": 64, "fixed_scales": True})}
+    rows = tables.ranking_table(tables.by_change(runs)).splitlines()[2:]
+    # Of the averages of two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
+    assert rows == [
+        "| ghost_batch 64, fixed_scales | 1 | 96.00% | [96.00%](e) | +4.00 ± 1.73 | 93.00% | +2.00 |",
+        "| none | 2 | 92.00% | [91.00%](ranking/tuned-seed0.json), [93.00%](b) | - | 91.00% | - |",
+        "| beta2 0.9, LRMAX 0.12 | 2 | 51.00% | [50.00%](c), [52.00%](d) | -41.00 ± 1.41 | 92.50% | +1.50 |"]
+    runs["e"]["config"]["holdout"] = 5000
+    with pytest.raises(ValueError, match="differ in holdout"):
+        tables.by_change(runs)
+
+
+def test_many_images_are_evaluated_of_the_runs_that_few_were_of():
+    few, many = (tables.load(study)[f"{study}/tuned-seed0.json"]["epochs"] for study in ("proxy", "ranking"))
+    for name in ("train_loss", "test_accuracy"):
+        assert [row[name] for row in few][:-1] == [row[name] for row in many][:-1]
+
+
 # ---- Candidates for the recipe ---------------------------------------------------------------------------------------
 
 def run_with(workplace, *arguments):
@@ -1251,7 +1279,7 @@ def test_candidates_that_are_off_change_nothing(workplace):
         assert [row[name] for row in report["epochs"]] == [row[name] for row in workplace.report()["epochs"]]
     assert report["candidates"]["ghost_batch"] == 0 and "candidates" not in workplace.report()
     assert tables.recipe_in_words(report) == tables.recipe_in_words(workplace.report()) == "tuned"
-    report["candidates"].update(averages=[50], ghost_batch=128, fixed_scales=True)
+    report["candidates"].update(averages=[50], evaluate_few=9, ghost_batch=128, fixed_scales=True)
     assert tables.recipe_in_words(report) == "tuned, ghost_batch 128, fixed_scales True"
     for arguments in (["--checkpoint=a.pt"], ["--check", "a.pt"]):  # abbreviated too
         with pytest.raises(SystemExit):
@@ -1337,6 +1365,33 @@ def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
     for arguments in ((), ("--whitening-unpadded",)):
         run_with(workplace, "--epochs", 1, *RATES, *arguments)
     assert torch.equal(seen[0][..., 4:36, 4:36], seen[1]) and seen[0].shape[-1] == 40
+
+
+def test_central_gradients_have_no_mean_over_a_filter(workplace, monkeypatch):
+    start, moments = train.start, {}
+
+    def start_and_note(*arguments):
+        run = start(*arguments)
+        run.optimizer.register_step_post_hook(lambda optimizer, *_: moments.update(
+            {name: optimizer.state[parameter]["exp_avg"].clone() for name, parameter in run.model.named_parameters()}))
+        return run
+    monkeypatch.setattr(train, "start", start_and_note)
+    for central, arguments in ((False, ()), (True, ("--central-gradients",))):
+        run_with(workplace, "--epochs", 1, *RATES, *arguments)
+        for name, moment in moments.items():
+            if moment.ndim > 1:
+                means = moment.flatten(1).mean(1).abs().max().item()
+                assert (means < 1e-6 * moment.abs().max().item()) is central, name
+    assert moments["head.bias"].abs().max() > 0  # those of one dimension are left as they are
+
+
+def test_a_few_images_are_evaluated_until_the_last_epoch(workplace, monkeypatch):
+    counts, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: counts.append(len(run.test.labels)) or evaluate(run))
+    report = run_with(workplace, "--epochs", 3, "--evaluate-few", 7, "--averages", 5, *RATES)
+    everything = report["data"]["test_images"]
+    assert counts == [7, 7, 7, 7, everything, everything] and everything > 7  # the average and the weights themselves
+    assert tables.recipe_in_words(report) == "tuned"
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])

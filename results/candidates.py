@@ -30,9 +30,15 @@ def parse_arguments(argv):
                         help="BatchNorm sees N images of a batch at a time; 0 is all")
     parser.add_argument("--bias-rate", type=train.number(float, "(0, inf)"), default=1.0, metavar="FACTOR",
                         help="the learning rate of biases and of BatchNorm's scales and shifts, as a multiple")
+    parser.add_argument("--central-gradients", action="store_true",
+                        help="subtract the mean of each filter's gradient (arXiv:2004.01461)")
     parser.add_argument("--fixed-scales", action="store_true", help="BatchNorm's scales stay 1")
     parser.add_argument("--fixed-whitening", action="store_true", help="the first convolution is not trained")
     parser.add_argument("--whitening-unpadded", action="store_true", help="whiten the patches of unpadded images")
+    parser.add_argument("--residual-scale", type=train.number(float, "(0, inf)"), default=1.0, metavar="SCALE",
+                        help="where the scales of the last BatchNorm of a residual block begin")
+    parser.add_argument("--evaluate-few", type=train.number(int, "[0, inf)"), default=0, metavar="N",
+                        help="evaluate on the first N images alone until the last epoch, then on all; 0 is always all")
     parser.add_argument("--half-width", action="store_true",
                         help="not a candidate but a cheaper network to rank them on: half the channels after the first")
     options, rest = parser.parse_known_args(argv)
@@ -93,6 +99,11 @@ def train_with(options, argv):
     def scale_bias_rate(optimizer, *_):
         optimizer.param_groups[1]["lr"] *= options.bias_rate  # `take_steps` sets it anew for each step
 
+    def centralise_gradients(optimizer, *_):
+        for parameter in optimizer.param_groups[0]["params"]:  # the weights of the convolutions and the linear layer
+            if parameter.grad is not None:
+                parameter.grad -= parameter.grad.mean(dim=tuple(range(1, parameter.ndim)), keepdim=True)
+
     def start_with_candidates(*arguments):
         run = start(*arguments)
         if options.fixed_whitening:
@@ -101,11 +112,18 @@ def train_with(options, argv):
             for module in run.model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.weight.requires_grad_(False)
+        for module in run.model.modules():
+            if isinstance(module, train.ResBlock):
+                torch.nn.init.constant_(module.residual[1][1].weight, options.residual_scale)
         run.optimizer.register_step_pre_hook(scale_bias_rate)
+        if options.central_gradients:
+            run.optimizer.register_step_pre_hook(centralise_gradients)
         averages.update({memory: average(run, memory) for memory in options.averages})
         return run
 
     def evaluate_averages_too(run):
+        if options.evaluate_few and run.epoch + 1 < run.recipe.epochs:  # `epochs` counts an epoch once it is evaluated
+            run = dataclasses.replace(run, test=train.Split(*(part[:options.evaluate_few] for part in run.test)))
         accuracies = {memory: evaluate(dataclasses.replace(run, model=model))["test_accuracy"]
                       for memory, model in averages.items()}
         return {**evaluate(run), "average_accuracy": accuracies}

@@ -151,9 +151,19 @@ one of the same runs, beside the weights themselves.
 
 {proxy}
 
-Nothing here is sure to help at the end; twice the error is what it takes. What an average of the weights changes is the
-way there: after epoch 10 that of 50 steps is at {averaged_10}, the weights themselves at {raw_10}, the means of the
-tuned recipe's seeds.
+What an average of the weights changes is the way there: after epoch 10 that of 50 steps is at {averaged_10}, the
+weights themselves at {raw_10}, the means of the tuned recipe's seeds.
+
+How far runs of one row deviate is mostly a matter of which 5,000 images they are evaluated on. The same runs, evaluated
+after the last epoch on all the 27,500 that they are not trained on, of which those are the first
+(`--half-width --holdout 27500 --evaluate-few 5000 --averages 50`), deviate by {ranking_deviation} points. One change at
+a time again; "ahead" compares averages of 50 steps with that of the recipe as it is, and the weights themselves with
+its own:
+
+{ranking}
+
+Twice the error is what it takes to call a row better or worse. Ghost batches of 64, the best of the table before, do
+nothing on more images.
 """
 
 
@@ -269,7 +279,7 @@ def recipe_in_words(report):
     changed = [f"{constant} {recipe[constant]}" for constant, value in usual.items()
                if recipe.get(constant, value) != value and not constant.startswith("sweep_")]  # which `rate` tells
     changed += [f"{name} {value}" for name, value in report.get("candidates", {}).items()
-                if value != candidates.OFF[name] and name != "averages"]  # which leave the weights as they are
+                if value != candidates.OFF[name] and name not in ("averages", "evaluate_few")]  # not the weights
     return ", ".join([name, *changed])
 
 
@@ -449,6 +459,50 @@ def proxy_known_table(reports, whole):
     return table(["recipe", "LRMAX", "LRMIN", "proxy", "whole runs, held-out images", "whole runs, test images"], rows)
 
 
+def changes(report, reference):
+    """Return in words what a run has other than that of `reference`: constants, candidates and LRMAX."""
+    (mine, its), words = ({**run["config"]["recipe"], **candidates.OFF, **run.get("candidates", {}),
+                           "LRMAX": run["config"]["lr_max"]} for run in (report, reference)), []
+    for name, value in mine.items():
+        if value != its[name]:
+            words.append(name if value is True else f"{name} {value}")
+    return ", ".join(words)
+
+
+def by_change(reports, memory="50"):
+    """Return the accuracies of runs on the proxy and of the averages of their weights, in the order of the seeds.
+
+    They come as (averages, weights), two dictionaries by the path of the report, by what was changed in the recipe as
+    it is, that of "ranking/tuned-seed0.json". Raises ValueError where runs differ in what the words do not tell.
+    """
+    check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision", "recipe_name")
+    reference, grouped = reports["ranking/tuned-seed0.json"], {}
+    for name, report in in_order_of_seeds(reports):
+        averages, weights = grouped.setdefault(changes(report, reference), ({}, {}))
+        last = report["epochs"][-1]
+        averages[name], weights[name] = last["average_accuracy"][memory], last["test_accuracy"]
+    return grouped
+
+
+def ranking_deviation(grouped):
+    """Return the standard deviation of averages of one row of `ranking_table`, taken to be the same in all rows."""
+    return pooled_deviation({change: averages for change, (averages, _) in grouped.items()})
+
+
+def ranking_table(grouped):
+    """Return the table of what each change does to the averages of the weights, as `by_change` has it, best first."""
+    means = {change: [statistics.fmean(row.values()) for row in rows] for change, rows in grouped.items()}
+    rows = []
+    for change, (averages, _) in sorted(grouped.items(), key=lambda row: -means[row[0]][0]):
+        average, weights = (f"{mean:.2%}" for mean in means[change])
+        average_ahead, weights_ahead = (f"{100 * (mine - usual):+.2f}" for mine, usual in zip(means[change], means[""]))
+        error = 100 * ranking_deviation(grouped) * math.sqrt(1 / len(averages) + 1 / len(grouped[""][0]))
+        rows.append([change or "none", len(averages), average, links(averages),
+                     f"{average_ahead} ± {error:.2f}" if change else "-", weights, weights_ahead if change else "-"])
+    return table(["change", "runs", "average, mean", "of each seed", "ahead, points", "weights themselves, mean",
+                  "ahead, points"], rows)
+
+
 def sweep_epochs(report):
     """Return how many epochs the sweep of a report would have lasted."""
     return round(planned_steps(report) * report["config"]["batch_size"] / report["data"]["train_images"])
@@ -616,7 +670,7 @@ def readme():
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
-    proxy = load("proxy")
+    proxy, ranking = load("proxy"), by_change(load("ranking"))
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
              for group in groups({**ablations, **grid}, what_varies).values()]
@@ -639,6 +693,7 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
+        ranking=ranking_table(ranking), ranking_deviation=f"{100 * ranking_deviation(ranking):.2f}",
         proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
