@@ -1352,12 +1352,14 @@ def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
         return runs[-1]
     before = {}
     monkeypatch.setattr(train, "start", start_and_note)
-    run_with(workplace, "--epochs", 1, "--bias-rate", 16, "--fixed-scales", "--fixed-whitening")
+    run_with(workplace, "--epochs", 1, "--bias-rate", 16, "--fixed-scales", "--fixed-whitening", "--residual-scale", 2)
     assert all(bias_lr == pytest.approx(16 * lr) for lr, bias_lr in steps) and len(steps) > 2
     after = runs[-1].model.state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     scales = {name for name, value in after.items() if name.endswith(".weight") and value.ndim == 1}
-    assert len(scales) == 8 and not moved & {*scales, "prep.0.weight"}
+    last = {f"{layer}.1.residual.1.1.weight" for layer in ("layer1", "layer3")}  # of a residual block
+    assert len(scales) == 8 and all((after[name] == (2 if name in last else 1)).all() for name in scales)
+    assert moved & {*scales, "prep.0.weight"} == last  # the rest is where it began
     assert {"prep.1.bias", "head.weight", "layer1.0.0.weight"} <= moved
 
     seen = []
