@@ -156,9 +156,9 @@ weights themselves at {raw_10}, the means of the tuned recipe's seeds.
 
 How far runs of one row deviate is mostly a matter of which 5,000 images they are evaluated on. The same runs, evaluated
 after the last epoch on all the 27,500 that they are not trained on, of which those are the first
-(`--half-width --holdout 27500 --evaluate-few 5000 --averages 50`), deviate by {ranking_deviation} points. One change at
-a time again; "ahead" compares averages of 50 steps with that of the recipe as it is, and the weights themselves with
-its own:
+(`--half-width --holdout 27500 --evaluate-few 5000 --averages 50`), deviate by {ranking_deviation} points, as far as
+{ranking_pairs} rows of more than one seed tell. One change at a time again; "ahead" compares averages of 50 steps with
+that of the recipe as it is, and the weights themselves with its own:
 
 {ranking}
 
@@ -705,6 +705,7 @@ def readme():
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
         ranking=ranking_table(ranking), ranking_deviation=f"{100 * ranking_deviation(ranking):.2f}",
+        ranking_pairs=sum(len(averages) > 1 for averages, _ in ranking.values()),
         ranking_changes=len(ranking) - 1, ranking_better=sum(better) or "none",
         average_ahead=f"{100 * statistics.fmean(averages[name] - weights[name] for name in weights):.2f}",
         proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
