@@ -4,7 +4,8 @@
 
 Takes the options of `train.py` too, but --checkpoint. The report says which candidates were on, and has the accuracy of
 each average of the weights after every epoch beside that of the weights themselves. To rank candidates at a sixth of
-the cost, train half the network on half the images: `--half-width --subset 27500 --holdout 5000`.
+the cost, train half the network on half the images and evaluate it on all the others in the end:
+`--half-width --holdout 27500 --evaluate-few 5000 --averages 50`.
 """
 
 import argparse

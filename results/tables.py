@@ -281,7 +281,7 @@ def recipe_in_words(report):
     changed = [f"{constant} {recipe[constant]}" for constant, value in usual.items()
                if recipe.get(constant, value) != value and not constant.startswith("sweep_")]  # which `rate` tells
     changed += [f"{name} {value}" for name, value in report.get("candidates", {}).items()
-                if value != candidates.OFF[name] and name not in ("averages", "evaluate_few")]  # not the weights
+                if value != candidates.OFF[name] and name not in ("averages", "evaluate_few")]  # which only evaluate
     return ", ".join([name, *changed])
 
 
@@ -422,6 +422,15 @@ def pooled_deviation(grouped):
     return math.sqrt(sum(statistics.variance(row) * (len(row) - 1) for row in rows) / sum(len(row) - 1 for row in rows))
 
 
+def ahead(row, reference, deviation):
+    """Return how far the mean of a row is ahead of that of another, and the standard error of that, both in points.
+
+    Rows are accuracies by the path of the report; `deviation` is that of the runs of one row.
+    """
+    distance = statistics.fmean(row.values()) - statistics.fmean(reference.values())
+    return 100 * distance, 100 * deviation * math.sqrt(1 / len(row) + 1 / len(reference))
+
+
 def proxy_table(reports):
     """Return the table of what ran on the proxy beside the tuned recipe, compared with it, best first.
 
@@ -435,10 +444,9 @@ def proxy_table(reports):
             tuned[recipe] = row
     reference, deviation, rows = tuned["tuned"], pooled_deviation(grouped), []
     for recipe, row in sorted(tuned.items(), key=lambda item: -statistics.fmean(item[1].values())):
-        ahead = 100 * (statistics.fmean(row.values()) - statistics.fmean(reference.values()))
-        error = 100 * deviation * math.sqrt(1 / len(row) + 1 / len(reference))
+        distance, error = ahead(row, reference, deviation)
         rows.append([recipe, len(row), f"{statistics.fmean(row.values()):.2%}", links(row),
-                     "-" if row is reference else f"{ahead:+.2f} ± {error:.2f}"])
+                     "-" if row is reference else f"{distance:+.2f} ± {error:.2f}"])
     return table(["recipe", "runs", "mean", "of each seed", "ahead, points"], rows)
 
 
@@ -491,20 +499,12 @@ def ranking_deviation(grouped):
     return pooled_deviation({change: averages for change, (averages, _) in grouped.items()})
 
 
-def ahead(grouped, change):
-    """Return how far averages and weights with a change are ahead of those without, and the error of the first."""
-    (averages, weights), (usual_averages, usual_weights) = (
-        [list(accuracies.values()) for accuracies in grouped[key]] for key in (change, ""))
-    error = ranking_deviation(grouped) * math.sqrt(1 / len(averages) + 1 / len(usual_averages))
-    return (statistics.fmean(averages) - statistics.fmean(usual_averages),
-            statistics.fmean(weights) - statistics.fmean(usual_weights), error)
-
-
 def ranking_table(grouped):
     """Return the table of what each change does to the averages of the weights, as `by_change` has it, best first."""
-    rows = []
+    (usual_averages, usual_weights), deviation, rows = grouped[""], ranking_deviation(grouped), []
     for change, (averages, weights) in sorted(grouped.items(), key=lambda row: -statistics.fmean(row[1][0].values())):
-        average_ahead, weights_ahead, error = (100 * value for value in ahead(grouped, change))
+        average_ahead, error = ahead(averages, usual_averages, deviation)
+        weights_ahead, _ = ahead(weights, usual_weights, deviation)
         rows.append([change or "none", len(averages), f"{statistics.fmean(averages.values()):.2%}", links(averages),
                      f"{average_ahead:+.2f} ± {error:.2f}" if change else "-",
                      f"{statistics.fmean(weights.values()):.2%}", f"{weights_ahead:+.2f}" if change else "-"])
@@ -680,8 +680,9 @@ def readme():
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
     proxy, ranking = load("proxy"), by_change(load("ranking"))
-    better = [distance >= 2 * error for distance, _, error in (ahead(ranking, change) for change in ranking if change)]
     averages, weights = ranking[""]
+    deviation = ranking_deviation(ranking)
+    distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
              for group in groups({**ablations, **grid}, what_varies).values()]
@@ -704,10 +705,10 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
-        ranking=ranking_table(ranking), ranking_deviation=f"{100 * ranking_deviation(ranking):.2f}",
-        ranking_pairs=sum(len(averages) > 1 for averages, _ in ranking.values()),
-        ranking_changes=len(ranking) - 1, ranking_better=sum(better) or "none",
-        average_ahead=f"{100 * statistics.fmean(averages[name] - weights[name] for name in weights):.2f}",
+        ranking=ranking_table(ranking), ranking_deviation=f"{100 * deviation:.2f}",
+        ranking_pairs=sum(len(row) > 1 for row, _ in ranking.values()), ranking_changes=len(distances),
+        ranking_better=sum(distance >= 2 * error for distance, error in distances) or "none",
+        average_ahead=f"{ahead(averages, weights, deviation)[0]:.2f}",
         proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
         fractions=lr_min_fractions([*default.values(), *earlier.values()], own),
