@@ -1246,7 +1246,8 @@ def test_the_table_of_changes_compares_averages_and_says_how_sure_they_are():
     runs = {"b": run(1, 0.92, 0.93), "ranking/tuned-seed0.json": run(0, 0.90, 0.91),
             "d": run(1, 0.9, 0.52, 0.12, beta2=0.9), "c": run(0, 0.95, 0.5, 0.12, beta2=0.9),
             "e": run(0, 0.93, 0.96, candidates={"ghost_batch": 64, "fixed_scales": True})}
-    rows = tables.ranking_table(tables.by_change(runs)).splitlines()[2:]
+    grouped = tables.by_change(runs)
+    rows = tables.ranking_table(grouped, tables.ranking_deviation(grouped)).splitlines()[2:]
     # Of the averages of two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
     assert rows == [
         "| ghost_batch 64, fixed_scales | 1 | 96.00% | [96.00%](e) | +4.00 ± 1.73 | 93.00% | +2.00 |",
@@ -1367,6 +1368,22 @@ def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
     for arguments in ((), ("--whitening-unpadded",)):
         run_with(workplace, "--epochs", 1, *RATES, *arguments)
     assert torch.equal(seen[0][..., 4:36, 4:36], seen[1]) and seen[0].shape[-1] == 40
+
+
+def test_biases_and_batchnorms_decay_too(workplace, monkeypatch):
+    start, decays = train.start, []
+
+    def start_and_note(*arguments):
+        run = start(*arguments)
+        run.optimizer.register_step_post_hook(
+            lambda optimizer, *_: decays.append([group["weight_decay"] for group in optimizer.param_groups]))
+        return run
+    monkeypatch.setattr(train, "start", start_and_note)
+    for arguments in ((), ("--decay-all",)):
+        report = run_with(workplace, "--epochs", 1, *RATES, *arguments)
+        decay = report["config"]["weight_decay"]
+        assert decays and all(pair == [decay, decay if arguments else 0] for pair in decays) and decay > 0
+        decays.clear()
 
 
 def test_central_gradients_have_no_mean_over_a_filter(workplace, monkeypatch):

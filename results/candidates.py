@@ -31,6 +31,8 @@ def parse_arguments(argv):
                         help="BatchNorm sees N images of a batch at a time; 0 is all")
     parser.add_argument("--bias-rate", type=train.number(float, "(0, inf)"), default=1.0, metavar="FACTOR",
                         help="the learning rate of biases and of BatchNorm's scales and shifts, as a multiple")
+    parser.add_argument("--decay-all", action="store_true",
+                        help="biases and BatchNorm's scales and shifts decay as the other weights do")
     parser.add_argument("--central-gradients", action="store_true",
                         help="subtract the mean of each filter's gradient (arXiv:2004.01461)")
     parser.add_argument("--fixed-scales", action="store_true", help="BatchNorm's scales stay 1")
@@ -100,6 +102,9 @@ def train_with(options, argv):
     def scale_bias_rate(optimizer, *_):
         optimizer.param_groups[1]["lr"] *= options.bias_rate  # `take_steps` sets it anew for each step
 
+    def decay_all(optimizer, *_):
+        optimizer.param_groups[1]["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+
     def centralise_gradients(optimizer, *_):
         for parameter in optimizer.param_groups[0]["params"]:  # the weights of the convolutions and the linear layer
             if parameter.grad is not None:
@@ -117,6 +122,8 @@ def train_with(options, argv):
             if isinstance(module, train.ResBlock):
                 torch.nn.init.constant_(module.residual[1][1].weight, options.residual_scale)
         run.optimizer.register_step_pre_hook(scale_bias_rate)
+        if options.decay_all:
+            run.optimizer.register_step_pre_hook(decay_all)
         if options.central_gradients:
             run.optimizer.register_step_pre_hook(centralise_gradients)
         averages.update({memory: average(run, memory) for memory in options.averages})

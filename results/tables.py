@@ -166,6 +166,11 @@ Of these {ranking_changes} changes {ranking_better} is ahead by twice its error,
 better. Ghost batches of 64, the best of the table before, do nothing on more images. An average of 50 steps by itself
 is ahead of the weights by {average_ahead} points, and with it an LRMIN of LRMAX / 30 costs nothing, which costs the
 weights themselves most.
+
+The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX that
+a row names is the one that a sweep of the whole recipe without that part finds with seed 0 ({part_sweeps}).
+
+{without}
 """
 
 
@@ -499,9 +504,12 @@ def ranking_deviation(grouped):
     return pooled_deviation({change: averages for change, (averages, _) in grouped.items()})
 
 
-def ranking_table(grouped):
-    """Return the table of what each change does to the averages of the weights, as `by_change` has it, best first."""
-    (usual_averages, usual_weights), deviation, rows = grouped[""], ranking_deviation(grouped), []
+def ranking_table(grouped, deviation):
+    """Return the table of what each change does to the averages of the weights, as `by_change` has it, best first.
+
+    `deviation` is that of the averages of one row.
+    """
+    (usual_averages, usual_weights), rows = grouped[""], []
     for change, (averages, weights) in sorted(grouped.items(), key=lambda row: -statistics.fmean(row[1][0].values())):
         average_ahead, error = ahead(averages, usual_averages, deviation)
         weights_ahead, _ = ahead(weights, usual_weights, deviation)
@@ -679,9 +687,11 @@ def readme():
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
-    proxy, ranking = load("proxy"), by_change(load("ranking"))
+    proxy, candidate_runs, part_sweeps = map(load, ("proxy", "ranking", "part-sweeps"))
+    unchanged = {name: report for name, report in candidate_runs.items() if name.startswith("ranking/tuned-")}
+    ranking, without = by_change(candidate_runs), by_change({**unchanged, **load("without")})
     averages, weights = ranking[""]
-    deviation = ranking_deviation(ranking)
+    deviation = ranking_deviation({**ranking, **without})
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
@@ -705,8 +715,10 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
-        ranking=ranking_table(ranking), ranking_deviation=f"{100 * deviation:.2f}",
-        ranking_pairs=sum(len(row) > 1 for row, _ in ranking.values()), ranking_changes=len(distances),
+        ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
+        part_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()),
+        ranking_deviation=f"{100 * deviation:.2f}",
+        ranking_pairs=sum(len(row) > 1 for row, _ in {**ranking, **without}.values()), ranking_changes=len(distances),
         ranking_better=sum(distance >= 2 * error for distance, error in distances) or "none",
         average_ahead=f"{ahead(averages, weights, deviation)[0]:.2f}",
         proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
