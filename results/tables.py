@@ -171,6 +171,10 @@ The other way round: a part of the recipe taken away at a time, for what the pla
 a row names is the one that a sweep of the whole recipe without that part finds with seed 0 ({part_sweeps}).
 
 {without}
+
+Weight decay is worth most, then epsilon, initialisation (in the tables before) and smoothing; what reflection is worth
+cannot be told from nothing. Part of what epsilon is worth may be the rate: the earlier rule found less than half of it
+without epsilon, and at that whole runs are hardly behind.
 """
 
 
