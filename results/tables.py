@@ -167,6 +167,10 @@ better. Ghost batches of 64, the best of the table before, do nothing on more im
 is ahead of the weights by {average_ahead} points, and with it an LRMIN of LRMAX / 30 costs nothing, which costs the
 weights themselves most.
 
+Holding the whitening fixed raises the curve most, so it ran over 10 epochs too, evaluated in the same way:
+
+{ten_epochs}
+
 The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX that
 a row names is the one that a sweep of the whole recipe without that part finds with seed 0 ({part_sweeps}).
 
@@ -488,16 +492,16 @@ def changes(report, reference):
     return ", ".join(words)
 
 
-def by_change(reports, memory="50"):
+def by_change(reports, reference="ranking/tuned-seed0.json", memory="50"):
     """Return the accuracies of runs on the proxy and of the averages of their weights, in the order of the seeds.
 
     They come as (averages, weights), two dictionaries by the path of the report, by what was changed in the recipe as
-    it is, that of "ranking/tuned-seed0.json". Raises ValueError where runs differ in what the words do not tell.
+    it is, that of the report `reference`. Raises ValueError where runs differ in what the words do not tell.
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision", "recipe_name")
-    reference, grouped = reports["ranking/tuned-seed0.json"], {}
+    grouped = {}
     for name, report in in_order_of_seeds(reports):
-        averages, weights = grouped.setdefault(changes(report, reference), ({}, {}))
+        averages, weights = grouped.setdefault(changes(report, reports[reference]), ({}, {}))
         last = report["epochs"][-1]
         averages[name], weights[name] = last["average_accuracy"][memory], last["test_accuracy"]
     return grouped
@@ -696,6 +700,7 @@ def readme():
     ranking, without = by_change(candidate_runs), by_change({**unchanged, **load("without")})
     averages, weights = ranking[""]
     deviation = ranking_deviation({**ranking, **without})
+    ten_epochs = by_change(load("ranking-10-epochs"), "ranking-10-epochs/tuned-seed0.json")
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
@@ -719,6 +724,7 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
+        ten_epochs=ranking_table(ten_epochs, ranking_deviation(ten_epochs)),
         ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
         part_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()),
         ranking_deviation=f"{100 * deviation:.2f}",
