@@ -171,8 +171,9 @@ Holding the whitening fixed raises the curve most, so it ran over 10 epochs too,
 
 {ten_epochs}
 
-The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX that
-a row names is the one that a sweep of the whole recipe without that part finds with seed 0 ({part_sweeps}).
+The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX
+that a row names is the one that a sweep of the whole recipe without that part finds with seed 0
+({part_sweeps}).
 
 {without}
 
