@@ -177,8 +177,8 @@ that a row names is the one that a sweep of the whole recipe without that part f
 
 {without}
 
-Weight decay is worth most, then epsilon, initialisation (in the tables before) and smoothing; what reflection is worth
-cannot be told from nothing. Part of what epsilon is worth may be the rate: the earlier rule found less than half of it
+Weight decay is worth most, then epsilon, initialisation (in the tables before) and smoothing; alternating flips are
+worth little, reflection hardly more than the error. Part of what epsilon is worth may be the rate: the earlier rule found less than half of it
 without epsilon, and at that whole runs are hardly behind.
 """
 
