@@ -169,7 +169,7 @@ weights themselves most.
 
 Holding the whitening fixed raises the curve most, so it ran over 10 epochs too, evaluated in the same way:
 
-{ten_epochs}
+{ranking_10}
 
 The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX
 that a row names is the one that a sweep of the whole recipe without that part finds with seed 0
@@ -178,8 +178,8 @@ that a row names is the one that a sweep of the whole recipe without that part f
 {without}
 
 Weight decay is worth most, then epsilon, initialisation (in the tables before) and smoothing; alternating flips are
-worth little, reflection hardly more than the error. Part of what epsilon is worth may be the rate: the earlier rule found less than half of it
-without epsilon, and at that whole runs are hardly behind.
+worth little, reflection hardly more than the error. Part of what epsilon is worth may be the rate: the earlier rule
+found less than half of it without epsilon, and at that whole runs are hardly behind.
 """
 
 
@@ -701,7 +701,7 @@ def readme():
     ranking, without = by_change(candidate_runs), by_change({**unchanged, **load("without")})
     averages, weights = ranking[""]
     deviation = ranking_deviation({**ranking, **without})
-    ten_epochs = by_change(load("ranking-10-epochs"), "ranking-10-epochs/tuned-seed0.json")
+    ranking_10 = by_change(load("ranking-10-epochs"), "ranking-10-epochs/tuned-seed0.json")
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
@@ -725,7 +725,7 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
-        ten_epochs=ranking_table(ten_epochs, ranking_deviation(ten_epochs)),
+        ranking_10=ranking_table(ranking_10, ranking_deviation(ranking_10)),
         ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
         part_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()),
         ranking_deviation=f"{100 * deviation:.2f}",
