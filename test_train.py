@@ -1246,7 +1246,7 @@ def test_the_table_of_changes_compares_averages_and_says_how_sure_they_are():
     runs = {"b": run(1, 0.92, 0.93), "ranking/tuned-seed0.json": run(0, 0.90, 0.91),
             "d": run(1, 0.9, 0.52, 0.12, beta2=0.9), "c": run(0, 0.95, 0.5, 0.12, beta2=0.9),
             "e": run(0, 0.93, 0.96, candidates={"ghost_batch": 64, "fixed_scales": True})}
-    grouped = tables.by_change(runs)
+    grouped = tables.by_change(runs, runs["ranking/tuned-seed0.json"])
     rows = tables.ranking_table(grouped, tables.ranking_deviation(grouped)).splitlines()[2:]
     # Of the averages of two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
     assert rows == [
@@ -1255,7 +1255,7 @@ def test_the_table_of_changes_compares_averages_and_says_how_sure_they_are():
         "| beta2 0.9, LRMAX 0.12 | 2 | 51.00% | [50.00%](c), [52.00%](d) | -41.00 ± 1.41 | 92.50% | +1.50 |"]
     runs["e"]["config"]["holdout"] = 5000
     with pytest.raises(ValueError, match="differ in holdout"):
-        tables.by_change(runs)
+        tables.by_change(runs, runs["ranking/tuned-seed0.json"])
 
 
 def test_many_images_are_evaluated_of_the_runs_that_few_were_of():
@@ -1273,6 +1273,17 @@ def run_with(workplace, *arguments):
     return workplace.report()
 
 
+def note_after_steps(monkeypatch, note):
+    """Have `note(run)` called after each step of the optimizer of every run that is started."""
+    start = train.start
+
+    def start_and_note(*arguments):
+        run = start(*arguments)
+        run.optimizer.register_step_post_hook(lambda *_: note(run))
+        return run
+    monkeypatch.setattr(train, "start", start_and_note)
+
+
 def test_candidates_that_are_off_change_nothing(workplace):
     report = run_with(workplace, "--epochs", 2)
     assert workplace.run("--epochs", 2) == 0
@@ -1288,7 +1299,7 @@ def test_candidates_that_are_off_change_nothing(workplace):
 
 
 def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, monkeypatch):
-    averaged, average, start = [], candidates.average, train.start
+    averaged, average, steps = [], candidates.average, []
 
     def average_and_note(run, memory):
         averaged.append(average(run, memory))
@@ -1296,14 +1307,8 @@ def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, m
 
     def watched(model):
         return torch.cat([model.head.weight.detach().flatten(), model.prep[1].running_var])
-
-    def start_and_note(*arguments):
-        run = start(*arguments)
-        run.optimizer.register_step_post_hook(lambda *_: steps.append(watched(run.model)))
-        return run
-    steps = []
     monkeypatch.setattr(candidates, "average", average_and_note)
-    monkeypatch.setattr(train, "start", start_and_note)
+    note_after_steps(monkeypatch, lambda run: steps.append(watched(run.model)))
     report = run_with(workplace, "--epochs", 3, "--averages", 1, 4)
     steps = steps[len(report["lr_sweep"]["lr"]):]  # those of the sweep do not count
     assert len(steps) == 6
@@ -1371,14 +1376,9 @@ def test_candidates_for_rates_and_whitening(workplace, monkeypatch):
 
 
 def test_biases_and_batchnorms_decay_too(workplace, monkeypatch):
-    start, decays = train.start, []
-
-    def start_and_note(*arguments):
-        run = start(*arguments)
-        run.optimizer.register_step_post_hook(
-            lambda optimizer, *_: decays.append([group["weight_decay"] for group in optimizer.param_groups]))
-        return run
-    monkeypatch.setattr(train, "start", start_and_note)
+    decays = []
+    note_after_steps(monkeypatch, lambda run: decays.append(
+        [group["weight_decay"] for group in run.optimizer.param_groups]))
     for arguments in ((), ("--decay-all",)):
         report = run_with(workplace, "--epochs", 1, *RATES, *arguments)
         decay = report["config"]["weight_decay"]
@@ -1387,14 +1387,9 @@ def test_biases_and_batchnorms_decay_too(workplace, monkeypatch):
 
 
 def test_central_gradients_have_no_mean_over_a_filter(workplace, monkeypatch):
-    start, moments = train.start, {}
-
-    def start_and_note(*arguments):
-        run = start(*arguments)
-        run.optimizer.register_step_post_hook(lambda optimizer, *_: moments.update(
-            {name: optimizer.state[parameter]["exp_avg"].clone() for name, parameter in run.model.named_parameters()}))
-        return run
-    monkeypatch.setattr(train, "start", start_and_note)
+    moments = {}
+    note_after_steps(monkeypatch, lambda run: moments.update(
+        {name: run.optimizer.state[parameter]["exp_avg"].clone() for name, parameter in run.model.named_parameters()}))
     for central, arguments in ((False, ()), (True, ("--central-gradients",))):
         run_with(workplace, "--epochs", 1, *RATES, *arguments)
         for name, moment in moments.items():

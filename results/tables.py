@@ -493,16 +493,16 @@ def changes(report, reference):
     return ", ".join(words)
 
 
-def by_change(reports, reference="ranking/tuned-seed0.json", memory="50"):
+def by_change(reports, reference, memory="50"):
     """Return the accuracies of runs on the proxy and of the averages of their weights, in the order of the seeds.
 
     They come as (averages, weights), two dictionaries by the path of the report, by what was changed in the recipe as
     it is, that of the report `reference`. Raises ValueError where runs differ in what the words do not tell.
     """
-    check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision", "recipe_name")
+    check_alike([*reports.values(), reference], "epochs", "batch_size", "subset", "holdout", "precision", "recipe_name")
     grouped = {}
     for name, report in in_order_of_seeds(reports):
-        averages, weights = grouped.setdefault(changes(report, reports[reference]), ({}, {}))
+        averages, weights = grouped.setdefault(changes(report, reference), ({}, {}))
         last = report["epochs"][-1]
         averages[name], weights[name] = last["average_accuracy"][memory], last["test_accuracy"]
     return grouped
@@ -696,12 +696,13 @@ def readme():
     own = [report for report in holdout.values() if recipe_in_words(report) == "tuned"]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations = load("ablations")
-    proxy, candidate_runs, part_sweeps = map(load, ("proxy", "ranking", "part-sweeps"))
-    unchanged = {name: report for name, report in candidate_runs.items() if name.startswith("ranking/tuned-")}
-    ranking, without = by_change(candidate_runs), by_change({**unchanged, **load("without")})
+    proxy, one_change, part_sweeps, short = map(load, ("proxy", "ranking", "part-sweeps", "ranking-10-epochs"))
+    as_it_is = one_change["ranking/tuned-seed0.json"]
+    ranking = by_change(one_change, as_it_is)
+    without = {"": ranking[""], **by_change(load("without"), as_it_is)}
     averages, weights = ranking[""]
     deviation = ranking_deviation({**ranking, **without})
-    ranking_10 = by_change(load("ranking-10-epochs"), "ranking-10-epochs/tuned-seed0.json")
+    ranking_10 = by_change(short, short["ranking-10-epochs/tuned-seed0.json"])
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
