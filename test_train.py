@@ -1399,6 +1399,102 @@ def test_central_gradients_have_no_mean_over_a_filter(workplace, monkeypatch):
     assert moments["head.bias"].abs().max() > 0  # those of one dimension are left as they are
 
 
+def test_gradients_are_taken_further_down_the_first_moment():
+    def flat(tensors):
+        return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    run = small_run()
+    candidates.look_ahead(run, 0.5)
+    seen, before, after, moments = [], [], [], []  # the weights in the forward pass, before and after the step
+    for register, weights in ((run.model.register_forward_hook, seen), (run.optimizer.register_step_pre_hook, before),
+                              (run.optimizer.register_step_post_hook, after)):
+        register(lambda *_, weights=weights: weights.append(flat(run.model.parameters())))
+    for _ in train.take_steps(run, [run.test] * 3, [(0.01, 0.9)] * 3):
+        moments.append(flat(run.optimizer.state[parameter]["exp_avg"] for parameter in run.model.parameters()))
+    torch.testing.assert_close(seen[0], before[0], rtol=0, atol=0)  # nothing is known of the gradients yet
+    for step in (1, 2):
+        torch.testing.assert_close(before[step], after[step - 1])
+        direction = moments[step - 1] / moments[step - 1].double().norm()
+        torch.testing.assert_close(seen[step] - after[step - 1], -0.5 * direction.float(), rtol=1e-4, atol=1e-6)
+    run.model.eval()(run.test.images)
+    torch.testing.assert_close(seen[-1], after[-1], rtol=0, atol=0)
+
+
+def test_past_targets_are_what_was_said_of_the_same_image():
+    recipe = Recipe(epochs=4, batch_size=3, padding=0, cutout=0)
+    training = train.Split(torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 32, 32), torch.tensor([3, 1, 4, 1, 5]))
+    targets = candidates.PastTargets(0.8, train.augmented_batches)
+    said = {}
+    for epoch in (1, 2, 3):
+        for images, labels in targets.batches(recipe, training, 0, epoch):
+            numbers = images[:, 0, 0, 0].long().tolist()
+            assert labels.tolist() == [[3, 1, 4, 1, 5][number] for number in numbers]
+            logits = torch.randn(len(labels), 10, requires_grad=True)
+            expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+            if epoch > 1:
+                past = nn.functional.cross_entropy(logits, torch.stack([said[number] for number in numbers]))
+                expected = (1 - 0.2 * epoch) * expected + 0.2 * epoch * past
+            torch.testing.assert_close(targets.loss(logits, labels, label_smoothing=0.2), expected)
+            torch.testing.assert_close(targets.loss(logits.detach(), labels),  # an evaluation
+                                       nn.functional.cross_entropy(logits, labels))
+            said.update(zip(numbers, logits.detach().softmax(1)))
+
+
+def test_a_batch_of_both_mirrors_has_each_image_twice():
+    recipe = Recipe(batch_size=4, padding=0, cutout=0)
+    training = random_split(10)
+    seen = []
+    for epoch in (1, 2):
+        sizes = []
+        for images, labels in candidates.batches_of_both_mirrors(recipe, training, 0, epoch):
+            mirrored, plain = images.chunk(2)
+            assert torch.equal(mirrored, plain.flip(-1)) and torch.equal(*labels.chunk(2))
+            sizes.append(len(labels))
+            seen += [(image == training.images).flatten(1).all(1).nonzero().item() for image in plain]
+            assert torch.equal(training.labels[seen[-len(plain):]], labels[:len(plain)])
+        assert sizes == [4, 4, 2]
+    assert sorted(seen) == list(range(10))
+    cropped = next(candidates.batches_of_both_mirrors(Recipe(batch_size=4, padding=4), training, 0, 1))[0]
+    assert not torch.equal(cropped[:2], cropped[2:].flip(-1))
+
+
+def test_spread_crops_and_cutouts_are_everywhere_about_as_often(monkeypatch):
+    recipe, training = Recipe(batch_size=7, padding=4), random_split(20)
+    training = train.Split(nn.functional.pad(training.images, (4,) * 4), torch.arange(20))
+    corners = {"crop": [[] for _ in range(20)], "cutout": [[] for _ in range(20)]}
+    order = []  # of the images in the epochs
+
+    def note(name):
+        original = getattr(train, name)
+
+        def noted(images, top, left, size):
+            if name == "crop":
+                order.extend((image == training.images).flatten(1).all(1).nonzero().item() for image in images)
+            for index, *corner in zip(order[-len(images):], top.tolist(), left.tolist()):
+                corners[name][index].append(corner)
+            return original(images, top, left, size)
+        monkeypatch.setattr(train, name, noted)
+    note("crop"), note("cutout")
+    for epoch in range(1, 28):
+        batches = list(candidates.spread_batches(recipe, training, 0, epoch))
+        assert [image.shape for image, _ in batches] == [(7, 3, 32, 32)] * 2 + [(6, 3, 32, 32)]
+        assert torch.cat([labels for _, labels in batches]).tolist() == order[-20:]
+        assert sorted(order[-20:]) == list(range(20)) and order[-20:] != list(range(20))
+    for name, choices, most in (("crop", 9, 4), ("cutout", 25, 3)):  # drawn at random some come 8 and 5 times
+        counts = [torch.bincount(torch.tensor(coordinates), minlength=choices)
+                  for of_image in corners[name] for coordinates in zip(*of_image)]
+        assert {len(count) for count in counts} == {choices} and len(counts) == 40
+        assert max(count.max() for count in counts) <= most
+    with pytest.raises(SystemExit):
+        candidates.parse_arguments(["--both-mirrors", "--spread-crops"])
+
+
+def test_candidates_of_the_loss_and_the_batches_reach_the_run(workplace):
+    losses = [run_with(workplace, "--epochs", 2, *RATES, *arguments)["epochs"][1]["train_loss"] for arguments in (
+        (), ("--look-ahead", 0.5), ("--past-targets", 0.5), ("--both-mirrors",), ("--both-mirrors", "--past-targets", 0.5),
+        ("--spread-crops",))]
+    assert len(set(losses)) == len(losses)
+
+
 def test_a_few_images_are_evaluated_until_the_last_epoch(workplace, monkeypatch):
     counts, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run: counts.append(len(run.test.labels)) or evaluate(run))

@@ -35,6 +35,17 @@ def parse_arguments(argv):
                         help="biases and BatchNorm's scales and shifts decay as the other weights do")
     parser.add_argument("--central-gradients", action="store_true",
                         help="subtract the mean of each filter's gradient (arXiv:2004.01461)")
+    parser.add_argument("--look-ahead", type=train.number(float, "[0, inf)"), default=0.0, metavar="DISTANCE",
+                        help="take gradients that far down Adam's first moment from the weights (arXiv:2401.12033)")
+    parser.add_argument("--past-targets", type=train.number(float, "[0, 1)"), default=0.0, metavar="SHARE",
+                        help="of the target of each image, how much is what the network said of it an epoch before; "
+                             "grows linearly to this in the last epoch (arXiv:2006.12000)")
+    parser.add_argument("--both-mirrors", action="store_true",
+                        help="an epoch takes half the images twice, once mirrored, in one batch; the next, the others "
+                             "(arXiv:2105.13343)")
+    parser.add_argument("--spread-crops", action="store_true",
+                        help="spread the crops and cutouts of each image evenly over the epochs, as alternating does "
+                             "flips, in place of drawing them anew in each")
     parser.add_argument("--fixed-scales", action="store_true", help="BatchNorm's scales stay 1")
     parser.add_argument("--fixed-whitening", action="store_true", help="the first convolution is not trained")
     parser.add_argument("--whitening-unpadded", action="store_true", help="whiten the patches of unpadded images")
@@ -45,6 +56,8 @@ def parse_arguments(argv):
     parser.add_argument("--half-width", action="store_true",
                         help="not a candidate but a cheaper network to rank them on: half the channels after the first")
     options, rest = parser.parse_known_args(argv)
+    if options.both_mirrors and options.spread_crops:
+        parser.error("--both-mirrors and --spread-crops: each makes the batches in its own way")
     if train.parse_arguments(rest).checkpoint:
         parser.error("--checkpoint: it would not have the averages of the weights")
     return options, rest
@@ -94,6 +107,92 @@ def average(run, memory):
     return averaged.module
 
 
+def look_ahead(run, distance):
+    """Let a run take its gradients at weights that are `distance` further down the first moment of Adam's gradients."""
+    moved = []  # (parameter, by how much) between the forward pass and the step
+
+    @torch.no_grad()
+    def move(*_):
+        moments = {parameter: state["exp_avg"] for parameter, state in run.optimizer.state.items()}
+        if run.model.training and moments:
+            norm = torch.stack([moment.norm() for moment in moments.values()]).norm()
+            moved.extend((parameter, moment * (-distance / norm)) for parameter, moment in moments.items())
+            for parameter, by in moved:
+                parameter += by
+
+    @torch.no_grad()
+    def move_back(*_):
+        for parameter, by in moved:
+            parameter -= by
+        moved.clear()
+
+    run.model.register_forward_pre_hook(move)
+    run.optimizer.register_step_pre_hook(move_back)
+
+
+class PastTargets:
+    """Targets that are in part what the network said of the same image, otherwise augmented, an epoch before."""
+
+    def __init__(self, share, augmented_batches):
+        self.last_share = share  # in the last epoch
+        self.augmented_batches, self.cross_entropy = augmented_batches, train.F.cross_entropy
+        self.said = None  # (N, 10), probabilities of the training images
+
+    def batches(self, recipe, training, seed, epoch):
+        """Yield what `augmented_batches` does, and remember which images they are."""
+        indices = torch.arange(len(training.labels), device=training.labels.device)
+        if epoch == 1:
+            self.said = torch.zeros(len(indices), 10, device=indices.device)
+        self.share = self.last_share * epoch / recipe.epochs if epoch > 1 else 0.0
+        for images, self.chosen in self.augmented_batches(recipe, train.Split(training.images, indices), seed, epoch):
+            yield images, training.labels[self.chosen]
+
+    def loss(self, logits, labels, **options):
+        """Return the cross-entropy with the labels, in training in part with what was said."""
+        loss = self.cross_entropy(logits, labels, **options)
+        if not logits.requires_grad:
+            return loss
+        past = self.said[self.chosen]
+        self.said[self.chosen] = logits.detach().softmax(1)
+        return (1 - self.share) * loss + self.share * self.cross_entropy(logits, past)
+
+
+def batches_of_both_mirrors(recipe, training, seed, epoch):
+    """Yield as many images as `train.augmented_batches` does, of half the training images, each as it is and mirrored.
+
+    The two of one image are in the same batch, each with a crop and a cutout of its own. The next epoch has the others.
+    """
+    device, count = training.images.device, len(training.labels)
+    halves = torch.randperm(count, generator=train.epoch_generator(seed, 0, device), device=device).chunk(2)
+    generator, half = train.epoch_generator(seed, epoch, device), halves[epoch % 2]
+    order = half[torch.randperm(len(half), generator=generator, device=device)]
+    for chosen in order.split(recipe.batch_size // 2):
+        mirrored = torch.arange(2 * len(chosen), device=device) < len(chosen)
+        images = train.augment(recipe, training.images[chosen.repeat(2)], mirrored, generator)
+        layout = train.memory_format(device.type)
+        yield images.contiguous(memory_format=layout), training.labels[chosen.repeat(2)]
+
+
+def spread_batches(recipe, training, seed, epoch):
+    """Yield what `train.augmented_batches` does, crops and cutouts of each image spread evenly over the epochs.
+
+    Each begins anywhere, and goes on by the steps of a sequence of low discrepancy in four dimensions (M. Roberts, The
+    Unreasonable Effectiveness of Quasirandom Sequences, 2018).
+    """
+    device, count = training.images.device, len(training.labels)
+    generator = train.epoch_generator(seed, epoch, device)
+    mirrored = train.draw_flips(recipe, count, seed, epoch, device, generator)
+    starts = torch.rand(4, count, generator=train.epoch_generator(seed, -1, device), device=device)
+    steps = 1.16730397826 ** -torch.arange(1.0, 5.0, device=device)  # the positive root of x^5 = x + 1
+    size = training.images.shape[-1] - 2 * recipe.padding
+    choices = torch.tensor([2 * recipe.padding + 1] * 2 + [size - recipe.cutout + 1] * 2, device=device)
+    corners = (choices[:, None] * ((starts + epoch * steps[:, None]) % 1)).long()
+    for chosen in torch.randperm(count, generator=generator, device=device).split(recipe.batch_size):
+        images = train.crop(training.images[chosen], *corners[:2, chosen], size)
+        images = train.cutout(train.flip(images, mirrored[chosen]), *corners[2:, chosen], recipe.cutout)
+        yield images.contiguous(memory_format=train.memory_format(device.type)), training.labels[chosen]
+
+
 def train_with(options, argv):
     """Run `train.main` with the candidates of `options`. Returns its exit code."""
     start, evaluate, new_report, whiten = train.start, train.evaluate, train.new_report, train.whiten_first_layer
@@ -126,6 +225,8 @@ def train_with(options, argv):
             run.optimizer.register_step_pre_hook(decay_all)
         if options.central_gradients:
             run.optimizer.register_step_pre_hook(centralise_gradients)
+        if options.look_ahead:
+            look_ahead(run, options.look_ahead)
         averages.update({memory: average(run, memory) for memory in options.averages})
         return run
 
@@ -148,7 +249,15 @@ def train_with(options, argv):
     if options.ghost_batch:
         network = type("GhostResNet", (GhostForward, network), {"ghost_batch": options.ghost_batch})
     replaced["ResNet"] = network
-    with mock.patch.multiple(train, **replaced):
+    if options.both_mirrors:
+        replaced["augmented_batches"] = batches_of_both_mirrors
+    if options.spread_crops:
+        replaced["augmented_batches"] = spread_batches
+    cross_entropy = train.F.cross_entropy
+    if options.past_targets:
+        targets = PastTargets(options.past_targets, replaced.get("augmented_batches", train.augmented_batches))
+        replaced["augmented_batches"], cross_entropy = targets.batches, targets.loss
+    with mock.patch.multiple(train, **replaced), mock.patch.object(train.F, "cross_entropy", cross_entropy):
         return train.main(argv)
 
 
