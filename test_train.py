@@ -1489,9 +1489,9 @@ def test_spread_crops_and_cutouts_are_everywhere_about_as_often(monkeypatch):
 
 
 def test_candidates_of_the_loss_and_the_batches_reach_the_run(workplace):
-    losses = [run_with(workplace, "--epochs", 2, *RATES, *arguments)["epochs"][1]["train_loss"] for arguments in (
-        (), ("--look-ahead", 0.5), ("--past-targets", 0.5), ("--both-mirrors",), ("--both-mirrors", "--past-targets", 0.5),
-        ("--spread-crops",))]
+    runs = ((), ("--look-ahead", 0.5), ("--past-targets", 0.5), ("--both-mirrors",), ("--spread-crops",),
+            ("--both-mirrors", "--past-targets", 0.5))
+    losses = [run_with(workplace, "--epochs", 2, *RATES, *run)["epochs"][1]["train_loss"] for run in runs]
     assert len(set(losses)) == len(losses)
 
 
