@@ -1403,7 +1403,7 @@ def test_gradients_are_taken_further_down_the_first_moment():
     def flat(tensors):
         return torch.cat([tensor.detach().flatten() for tensor in tensors])
     run = small_run()
-    candidates.look_ahead(run, 0.5)
+    candidates.look_ahead(run, 0.3, 20)  # 0.5 at a rate of 0.01
     seen, before, after, moments = [], [], [], []  # the weights in the forward pass, before and after the step
     for register, weights in ((run.model.register_forward_hook, seen), (run.optimizer.register_step_pre_hook, before),
                               (run.optimizer.register_step_post_hook, after)):
@@ -1489,8 +1489,8 @@ def test_spread_crops_and_cutouts_are_everywhere_about_as_often(monkeypatch):
 
 
 def test_candidates_of_the_loss_and_the_batches_reach_the_run(workplace):
-    runs = ((), ("--look-ahead", 0.5), ("--past-targets", 0.5), ("--both-mirrors",), ("--spread-crops",),
-            ("--both-mirrors", "--past-targets", 0.5))
+    runs = ((), ("--look-ahead", 0.5), ("--look-ahead-rate", 5), ("--past-targets", 0.5), ("--both-mirrors",),
+            ("--spread-crops",), ("--both-mirrors", "--past-targets", 0.5))
     losses = [run_with(workplace, "--epochs", 2, *RATES, *run)["epochs"][1]["train_loss"] for run in runs]
     assert len(set(losses)) == len(losses)
 

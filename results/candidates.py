@@ -37,6 +37,8 @@ def parse_arguments(argv):
                         help="subtract the mean of each filter's gradient (arXiv:2004.01461)")
     parser.add_argument("--look-ahead", type=train.number(float, "[0, inf)"), default=0.0, metavar="DISTANCE",
                         help="take gradients that far down Adam's first moment from the weights (arXiv:2401.12033)")
+    parser.add_argument("--look-ahead-rate", type=train.number(float, "[0, inf)"), default=0.0, metavar="FACTOR",
+                        help="the same, this times the learning rate away")
     parser.add_argument("--past-targets", type=train.number(float, "[0, 1)"), default=0.0, metavar="SHARE",
                         help="of the target of each image, how much is what the network said of it an epoch before; "
                              "grows linearly to this in the last epoch (arXiv:2006.12000)")
@@ -107,8 +109,11 @@ def average(run, memory):
     return averaged.module
 
 
-def look_ahead(run, distance):
-    """Let a run take its gradients at weights that are `distance` further down the first moment of Adam's gradients."""
+def look_ahead(run, distance, factor):
+    """Let a run take its gradients further down the first moment of Adam's gradients from its weights.
+
+    How far is `distance` plus `factor` times the learning rate.
+    """
     moved = []  # (parameter, by how much) between the forward pass and the step
 
     @torch.no_grad()
@@ -116,7 +121,8 @@ def look_ahead(run, distance):
         moments = {parameter: state["exp_avg"] for parameter, state in run.optimizer.state.items()}
         if run.model.training and moments:
             norm = torch.stack([moment.norm() for moment in moments.values()]).norm()
-            moved.extend((parameter, moment * (-distance / norm)) for parameter, moment in moments.items())
+            length = distance + factor * run.optimizer.param_groups[0]["lr"]
+            moved.extend((parameter, moment * (-length / norm)) for parameter, moment in moments.items())
             for parameter, by in moved:
                 parameter += by
 
@@ -225,8 +231,8 @@ def train_with(options, argv):
             run.optimizer.register_step_pre_hook(decay_all)
         if options.central_gradients:
             run.optimizer.register_step_pre_hook(centralise_gradients)
-        if options.look_ahead:
-            look_ahead(run, options.look_ahead)
+        if options.look_ahead or options.look_ahead_rate:
+            look_ahead(run, options.look_ahead, options.look_ahead_rate)
         averages.update({memory: average(run, memory) for memory in options.averages})
         return run
 
