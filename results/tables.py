@@ -165,7 +165,16 @@ that of the recipe as it is, and the weights themselves with its own:
 Of these {ranking_changes} changes {ranking_better} is ahead by twice its error, which is what it takes to call it
 better. Ghost batches of 64, the best of the table before, do nothing on more images. An average of 50 steps by itself
 is ahead of the weights by {average_ahead} points, and with it an LRMIN of LRMAX / 30 costs nothing, which costs the
-weights themselves most.
+weights themselves much.
+
+Nor does it help to hold back overfitting in ways that take no time: half the images twice in one batch, once mirrored,
+and the others in the next epoch (`both_mirrors`); crops and cutouts of each image spread evenly over the epochs
+(`spread_crops`); a share of the targets, here the last epoch's, from what the network said an epoch before
+(`past_targets`); gradients taken further down the momentum, at a distance (`look_ahead`) or at one that many times the
+learning rate (`look_ahead_rate`). The last two are ahead for much of the way, not in the end; at a constant distance
+BatchNorm's statistics are those of other weights, and the weights themselves of no use with them. Looking 1 ahead was
+[stopped]({stopped_name}) after epoch {stopped_epoch}, right on {stopped_accuracy} of its training images, where the
+recipe is on {recipe_then}.
 
 Holding the whitening fixed raises the curve most, so it ran over 10 epochs too, evaluated in the same way:
 
@@ -704,6 +713,7 @@ def readme():
     deviation = ranking_deviation({**ranking, **without})
     ranking_10 = by_change(short, short["ranking-10-epochs/tuned-seed0.json"])
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
+    (stopped_name, stopped), = load("unfinished").items()
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == "tuned" + HALF_WIDTH]
     seeds = [list(map(accuracy, group.values()))
              for group in groups({**ablations, **grid}, what_varies).values()]
@@ -732,6 +742,9 @@ def readme():
         ranking_deviation=f"{100 * deviation:.2f}",
         ranking_pairs=sum(len(row) > 1 for row, _ in {**ranking, **without}.values()), ranking_changes=len(distances),
         ranking_better=sum(distance >= 2 * error for distance, error in distances) or "none",
+        stopped_name=stopped_name, stopped_epoch=len(stopped["epochs"]),
+        stopped_accuracy=f"{stopped['epochs'][-1]['train_accuracy']:.2%}",
+        recipe_then=f"{as_it_is['epochs'][len(stopped['epochs']) - 1]['train_accuracy']:.2%}",
         average_ahead=f"{ahead(averages, weights, deviation)[0]:.2f}",
         proxy_known=proxy_known_table(proxy, {**holdout, **default, **earlier, **letter}),
         margin=100 * train.Recipe().sweep_margin, margins=margins_table(all_sweeps),
