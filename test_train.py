@@ -1495,6 +1495,15 @@ def test_candidates_of_the_loss_and_the_batches_reach_the_run(workplace):
     assert len(set(losses)) == len(losses)
 
 
+def test_another_activation(workplace, monkeypatch):
+    activations = []
+    note_after_steps(monkeypatch, lambda run: activations.append(
+        [str(module) for module in run.model.modules() if type(module).__name__ in ("ReLU", "CELU")]))
+    for arguments, expected in ((("--celu", 0.3), "CELU(alpha=0.3, inplace=True)"), ((), "ReLU(inplace=True)")):
+        run_with(workplace, "--epochs", 1, *RATES, *arguments)
+        assert activations.pop() == [expected] * 8
+
+
 def test_a_few_images_are_evaluated_until_the_last_epoch(workplace, monkeypatch):
     counts, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run: counts.append(len(run.test.labels)) or evaluate(run))

@@ -10,6 +10,7 @@ the cost, train half the network on half the images and evaluate it on all the o
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -55,6 +56,8 @@ def parse_arguments(argv):
                         help="where the scales of the last BatchNorm of a residual block begin")
     parser.add_argument("--evaluate-few", type=train.number(int, "[0, inf)"), default=0, metavar="N",
                         help="evaluate on the first N images alone until the last epoch, then on all; 0 is always all")
+    parser.add_argument("--celu", type=train.number(float, "[0, inf)"), default=0.0, metavar="ALPHA",
+                        help="not a candidate, as the network is fixed: CELU in place of ReLU")
     parser.add_argument("--half-width", action="store_true",
                         help="not a candidate but a cheaper network to rank them on: half the channels after the first")
     options, rest = parser.parse_known_args(argv)
@@ -259,11 +262,14 @@ def train_with(options, argv):
         replaced["augmented_batches"] = batches_of_both_mirrors
     if options.spread_crops:
         replaced["augmented_batches"] = spread_batches
-    cross_entropy = train.F.cross_entropy
+    relu, cross_entropy = torch.nn.ReLU, train.F.cross_entropy
+    if options.celu:
+        relu = functools.partial(torch.nn.CELU, options.celu)
     if options.past_targets:
         targets = PastTargets(options.past_targets, replaced.get("augmented_batches", train.augmented_batches))
         replaced["augmented_batches"], cross_entropy = targets.batches, targets.loss
-    with mock.patch.multiple(train, **replaced), mock.patch.object(train.F, "cross_entropy", cross_entropy):
+    with (mock.patch.multiple(train, **replaced), mock.patch.object(train.F, "cross_entropy", cross_entropy),
+          mock.patch.object(torch.nn, "ReLU", relu)):
         return train.main(argv)
 
 
