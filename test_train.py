@@ -160,7 +160,7 @@ def interrupt():
     {"epochs": -1}, {"epochs": 2.5}, {"epochs": 10**9}, {"batch_size": 1}, {"peak_fraction": 1.0},
     {"annihilation": 0.5}, {"beta1": (2.0, 0.9)}, {"beta1": 0.9}, {"beta1": (0.9, 0.9, 0.9)}, {"beta2": 1.5},
     {"epsilon": math.nan}, {"memory_epochs": -math.inf}, {"l2": -1.0}, {"l2": 0.1}, {"label_smoothing": 2.0},
-    {"label_smoothing": "0.1"}, {"batchnorm_momentum": 0.0}, {"logit_scale": math.inf}, {"whitening_images": -1},
+    {"label_smoothing": "0.1"}, {"average_epochs": -0.5}, {"logit_scale": math.inf}, {"whitening_images": -1},
     {"whitening_floor": -0.01}, {"initialisation": "foo"}, {"padding": 32}, {"padding_mode": "foo"}, {"flips": "foo"},
     {"cutout": 40}, {"cutout": 8.0}, {"sweep_range": (1.0, 1.0)}, {"sweep_range": (0.0, 1.0)}, {"sweep_steps": 1},
     {"sweep_margin": -0.1}, {"sweep_factor": -2.0}, {"lr_ratio": 0.5}])
@@ -175,7 +175,7 @@ def test_a_recipe_is_a_value():
     assert recipe == dataclasses.replace(Recipe(), epochs=10, label_smoothing=0.0) != Recipe()
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.epochs = 5
-    assert Recipe(memory_epochs=math.inf, batchnorm_momentum=1, padding=0, cutout=0)  # ends of their intervals
+    assert Recipe(memory_epochs=math.inf, annihilation=1, padding=0, cutout=0)  # ends of their intervals
 
 
 def test_parameters_counted_by_hand():
@@ -187,8 +187,7 @@ def test_parameters_counted_by_hand():
 
 def test_forward_pass_against_the_recipe_written_out():
     torch.manual_seed(0)
-    model = train.ResNet(Recipe(logit_scale=0.25, batchnorm_momentum=0.5))
-    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.5}
+    model = train.ResNet(Recipe(logit_scale=0.25))
     parameters = list(model.parameters())  # in the order of the recipe: convolution, then its BatchNorm's scale, shift
     for weight in filter(lambda parameter: parameter.ndim > 1, parameters):
         nn.init.kaiming_normal_(weight)  # the identity that it begins as would hide a layer left out
@@ -553,17 +552,33 @@ def test_an_epoch_takes_each_step_at_its_rates_and_weighs_every_image_alike(monk
 def test_prediction_and_evaluation_against_pytorch_written_out(monkeypatch):
     run = small_run(count=10)
     images, labels = run.test
-    run.model(images)  # gives the running statistics something other than their start
-    run.model.eval()
+    run.averaged(images)  # gives the running statistics something other than their start
+    run.averaged.eval()
     with torch.no_grad():
-        expected, mirrored = run.model(images), run.model(TF.hflip(images))
-    run.model.train()
+        expected, mirrored = run.averaged(images), run.averaged(TF.hflip(images))
+    run.averaged.train()
     monkeypatch.setattr(train, "EVAL_BATCH_SIZE", 4)  # three batches, the last one smaller
     torch.testing.assert_close(train.predict(run, images), expected)
     torch.testing.assert_close(train.predict(run, images, mirror=True), mirrored)
     result = train.evaluate(run)
     assert result["test_loss"] == pytest.approx(written_out_loss(expected, labels).item(), rel=1e-5)
     assert result["test_accuracy"] == sum(expected.argmax(1).tolist()[i] == labels[i] for i in range(10)) / 10
+
+
+@pytest.mark.parametrize("average_epochs, memory", [(2, 6), (0.5, 1.5), (0, 1)])
+def test_the_averaged_weights_against_a_sum_over_all_steps(average_epochs, memory):
+    run = small_run(Recipe(batch_size=4, epochs=4, average_epochs=average_epochs), 10)  # 3 steps an epoch
+    steps = []
+    run.optimizer.register_step_post_hook(lambda *_: steps.append(copy.deepcopy(run.model.state_dict())))
+    list(train.epochs(run, train.Rates(0.001, 0.01)))
+    assert len(steps) == 12
+    shares = [1.0]  # of each step's weights in the average: equal ones at first, then each fades
+    for step in range(2, 13):
+        newest = 1 / min(step, memory)
+        shares = [share * (1 - newest) for share in shares] + [newest]
+    for name, values in run.averaged.state_dict().items():
+        if values.is_floating_point():
+            torch.testing.assert_close(values, sum(share * step[name] for share, step in zip(shares, steps)))
 
 
 # ---- The GPU's side, without a GPU: fake CUDA tensors, and meta tensors for what CUDA cannot fake --------------------
@@ -588,7 +603,7 @@ def fake_run(device, dtype):
         if isinstance(module, nn.Conv2d):  # Module.to does not work on fake tensors
             module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=train.memory_format(device)))
     optimizer, scaler = torch.optim.Adam(model.parameters()), torch.amp.GradScaler(device, enabled=False)
-    return train.Run(Recipe(batch_size=8), 0, device, dtype, None, None, *splits, model, optimizer, scaler)
+    return train.Run(Recipe(batch_size=8), 0, device, dtype, None, None, *splits, model, model, optimizer, scaler)
 
 
 def is_laid_out(images, dtype):
@@ -881,11 +896,11 @@ def test_another_recipe_reaches_the_run(workplace, capsys, monkeypatch, name):
     runs, start = [], train.start
     monkeypatch.setattr(train, "start", lambda *arguments: runs.append(start(*arguments)) or runs[-1])
     values = {"memory_epochs": "inf", "beta1": "0.9,0.8", "beta2": "0.98", "epsilon": "2e-2",
-              "batchnorm_momentum": "0.5", "padding_mode": "constant", "cutout": "4", "padding": "4"}
+              "average_epochs": "2", "padding_mode": "constant", "cutout": "4", "padding": "4"}
     arguments = [part for constant, value in values.items() for part in ("--set", f"{constant}={value}")]
     assert workplace.run("--epochs", 1, "--recipe", name, *arguments, *RATES) == 0
     changed = {"memory_epochs": math.inf, "beta1": (0.9, 0.8), "beta2": 0.98, "epsilon": 0.02,
-               "batchnorm_momentum": 0.5, "padding_mode": "constant", "cutout": 4}
+               "average_epochs": 2.0, "padding_mode": "constant", "cutout": 4}
     assert runs[0].recipe == dataclasses.replace(train.RECIPES[name], epochs=1, batch_size=50, **changed)
     for group in runs[0].optimizer.param_groups:
         assert group["eps"] == 0.02 and group["betas"] == (pytest.approx(0.9), 0.98)
@@ -1141,7 +1156,6 @@ def test_the_tables_and_quotes_are_those_of_the_reports():
 def test_the_readme_shows_what_a_run_prints(capsys):
     report = tables.load("default")["default/seed0.json"]
     assert not tables.by_earlier_rule(report)
-    report["config"]["recipe"]["sweep_margin"] = Recipe().sweep_margin  # which finds the rates of this older run
     train.print_heading(report)
     train.print_table_head(report)
     train.print_summary(report)
@@ -1169,7 +1183,7 @@ def test_reports_of_one_table_may_not_differ_in_what_it_does_not_show():
 
 
 def test_a_mean_is_of_one_recipe_and_rule():
-    earlier, today = (list(tables.load(study).values()) for study in ("earlier-sweep", "default"))
+    earlier, today = (list(tables.load(study).values()) for study in ("earlier-sweep", "raw-weights"))
     assert "mean of 3 seeds" in tables.in_words(earlier)
     with pytest.raises(ValueError, match="several configurations.*earlier rule"):
         tables.in_words(earlier + today)
@@ -1206,7 +1220,7 @@ def test_the_table_of_others_rates_leaves_out_no_run_and_no_rule():
 
 
 def test_the_proxy_puts_recipes_in_the_order_of_whole_runs():
-    whole = {name: report for study in ("holdout", "default", "earlier-sweep", "letter")
+    whole = {name: report for study in ("holdout", "raw-weights", "earlier-sweep", "letter")
              for name, report in tables.load(study).items()}
     rows = [row.split(" | ") for row in tables.proxy_known_table(tables.load("proxy"), whole).splitlines()[2:]]
     for column in (4, 5):
@@ -1227,9 +1241,10 @@ def test_the_table_of_the_proxy_compares_means_and_says_how_sure_they_are():
     runs = {"a": run(0, 0.90, 0.91), "b": run(1, 0.92, 0.93), "c": run(0, 0.95, 0.5, beta2=0.9)}
     rows = tables.proxy_table(runs).splitlines()[2:]
     # Of the two rows of two runs, both deviate by the root of 2 points: that is what one run is sure to.
-    assert rows[0] == "| tuned, beta2 0.9 | 1 | 95.00% | [95.00%](c) | +4.00 ± 1.73 |"
-    assert rows[1] == "| tuned, average of 50 steps | 2 | 92.00% | [91.00%](a), [93.00%](b) | +1.00 ± 1.41 |"
-    assert rows[2] == "| tuned | 2 | 91.00% | [90.00%](a), [92.00%](b) | - |" and len(rows) == 4
+    assert rows[0] == "| tuned, raw weights, beta2 0.9 | 1 | 95.00% | [95.00%](c) | +4.00 ± 1.73 |"
+    assert rows[1] == ("| tuned, raw weights, average of 50 steps | 2 | 92.00% | [91.00%](a), [93.00%](b) | "
+                       "+1.00 ± 1.41 |")
+    assert rows[2] == "| tuned, raw weights | 2 | 91.00% | [90.00%](a), [92.00%](b) | - |" and len(rows) == 4
     runs["b"]["config"]["lr_max"] = 0.12
     with pytest.raises(ValueError, match="several rates of one recipe"):
         tables.proxy_table(runs)
@@ -1324,7 +1339,7 @@ def test_averages_of_the_weights_follow_the_steps_of_training_alone(workplace, m
 
 def test_ghost_batches_are_normalised_each_by_itself():
     torch.manual_seed(0)
-    network = type("Ghost", (candidates.GhostForward, train.ResNet), {"ghost_batch": 6})(Recipe(batchnorm_momentum=1.0))
+    network = type("Ghost", (candidates.GhostForward, train.ResNet), {"ghost_batch": 6})()
     images = torch.randn(14, 3, 32, 32)
     alone = copy.deepcopy(network)
     logits = network(images)
@@ -1335,13 +1350,17 @@ def test_ghost_batches_are_normalised_each_by_itself():
     torch.testing.assert_close(network(images), train.ResNet.forward(alone, images))
 
 
-def test_the_network_of_half_the_width(workplace):
+def test_the_network_of_half_the_width_and_its_ghost_batches(workplace, monkeypatch):
+    epochs, runs = train.epochs, []
     network = candidates.NarrowResNet()
     assert sum(parameter.numel() for parameter in network.parameters()) == 1_665_482
     assert [tuple(module.weight.shape[:2]) for module in network.modules() if isinstance(module, nn.Conv2d)] == [
         (64, 3), (64, 64), (64, 64), (64, 64), (128, 64), (256, 128), (256, 256), (256, 256)]
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    monkeypatch.setattr(train, "epochs", lambda run, *arguments: runs.append(run) or epochs(run, *arguments))
     report = run_with(workplace, "--epochs", 1, "--half-width", "--ghost-batch", 20, *RATES)
+    momenta = [module.momentum for module in runs[0].model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert momenta == pytest.approx([0.1 * 20 / report["config"]["batch_size"]] * 8)
     assert report["parameters"] == 1_665_482
     assert tables.recipe_in_words(report) == "tuned, ghost_batch 20, half_width True"
     assert sum(parameter.numel() for parameter in train.ResNet().parameters()) == 6_573_130  # it is as it was

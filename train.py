@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
@@ -75,9 +76,9 @@ class Recipe:
     # The L2 term of Adam in place of that decay: this times each parameter is added to its gradient, in the sweep too.
     l2: float = constant(0.0, "[0, inf)")
     label_smoothing: float = constant(0.2, "[0, 1)")
-    # The share of each batch in BatchNorm's running statistics, which only evaluation uses. PyTorch's 0.1 remembers 10
-    # steps, and weights at LRMAX have moved on by then.
-    batchnorm_momentum: float = constant(0.3, "(0, 1]")
+    # What is evaluated, and saved in the end, is an exponential average of the weights and BatchNorm's statistics that
+    # remembers so many epochs; 0 is these themselves. At high rates they jump about, and their average does not.
+    average_epochs: float = constant(0.5, "[0, 100000]")
     # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
     logit_scale: float = constant(0.125, "(0, inf)")
     # The first convolution begins by whitening the 3x3 patches of so many images; 0 leaves it as PyTorch makes it. The
@@ -133,7 +134,7 @@ ALLOWED = {field.name: field.metadata["allowed"] for field in dataclasses.fields
 
 # The recipe of this file, and the one that its followers were given, with what it leaves open as PyTorch has it.
 RECIPES = {"tuned": Recipe(),
-           "plain": Recipe(epsilon=1e-8, memory_epochs=math.inf, label_smoothing=0.0, batchnorm_momentum=0.1,
+           "plain": Recipe(epsilon=1e-8, memory_epochs=math.inf, label_smoothing=0.0, average_epochs=0.0,
                            logit_scale=1.0, whitening_images=0, initialisation="default", padding_mode="constant",
                            flips="random")}
 
@@ -345,11 +346,10 @@ class ResNet(nn.Module):
         self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())                       # (B, 512)
         self.head = nn.Linear(512, 10)                                                 # (B, 10)
         self.logit_scale = recipe.logit_scale
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = recipe.batchnorm_momentum
-            elif recipe.initialisation == "identity" and isinstance(module, nn.Conv2d) and module is not self.prep[0]:
-                nn.init.dirac_(module.weight[:module.in_channels])
+        if recipe.initialisation == "identity":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d) and module is not self.prep[0]:
+                    nn.init.dirac_(module.weight[:module.in_channels])
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))
@@ -387,6 +387,7 @@ class Run:
     training: Split  # padded
     test: Split
     model: nn.Module
+    averaged: nn.Module  # the same network with an average of the model's weights: it is what is evaluated
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # scales the loss in fp16, whose smallest gradients would vanish; else does nothing
     epoch: int = 0  # epochs trained
@@ -401,11 +402,12 @@ class Run:
 
     def state(self):
         """Return all that changes in a run, as a dictionary of the tensors themselves: they go on changing."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "seconds": self.seconds}
+        return {"model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch, "seconds": self.seconds}
 
     def load_state(self, state):
-        for part in ("model", "optimizer", "scaler"):
+        for part in ("model", "averaged", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
         self.epoch, self.seconds = state["epoch"], state["seconds"]
         self.optimizer.zero_grad(set_to_none=True)  # the gradients are those of the weights before
@@ -440,7 +442,7 @@ def start(recipe, training, test, seed=0, device="auto", precision="auto"):
     if recipe.whitening_images:
         whiten_first_layer(model, training.images[:recipe.whitening_images], recipe.whitening_floor)
     test.images[-1].sum().item()  # waits for a GPU, so that the seconds are those of all this
-    return Run(recipe, seed, device, dtype, mean, std, training, test, model, optimizer, scaler,
+    return Run(recipe, seed, device, dtype, mean, std, training, test, model, copy.deepcopy(model), optimizer, scaler,
                seconds=time.perf_counter() - started)
 
 
@@ -501,6 +503,19 @@ def take_steps(run, batches, schedule):
         run.scaler.step(run.optimizer)
         run.scaler.update()
         yield loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def average_weights(run, step):
+    """Bring `run.averaged` up to date with the weights and BatchNorm statistics after a `step` of the run, from 1.
+
+    Each counts for less by a constant factor from step to step, so that the average remembers
+    `recipe.average_epochs`; in the first ones it is the plain mean of all since the run began (B. Polyak and
+    A. Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992).
+    """
+    memory = min(step, max(1, run.recipe.average_epochs * run.steps_per_epoch))
+    averages, latest = ([values for values in module.state_dict().values() if values.is_floating_point()]
+                        for module in (run.averaged, run.model))
+    get_ema_multi_avg_fn(1 - 1 / memory)(averages, latest, None)
 
 
 # ---- One-cycle -------------------------------------------------------------------------------------------------------
@@ -626,11 +641,11 @@ def sweep_rule(recipe):
 @torch.inference_mode()
 def predict(run, images, mirror=False):
     """Return the logits (N, 10), fp32, of prepared images (N, 3, 32, 32), or of their mirror images."""
-    run.model.eval()
+    run.averaged.eval()
     logits = []
     for batch in images.split(EVAL_BATCH_SIZE):
         with run.autocast():
-            logits.append(run.model(batch.flip(-1) if mirror else batch).float())
+            logits.append(run.averaged(batch.flip(-1) if mirror else batch).float())
     return torch.cat(logits)
 
 
@@ -667,6 +682,7 @@ def epochs(run, rates, on_step=None):
         for loss, right in take_steps(run, augmented_batches(recipe, run.training, run.seed, epoch), schedule):
             losses.append(loss)
             correct += right
+            average_weights(run, run.epoch * steps + len(losses))
             if on_step:
                 on_step(len(losses), steps, schedule[len(losses) - 1][0], loss)
             if run.device == "cpu" and not loss.isfinite():
@@ -844,7 +860,7 @@ def write_json(path, content):
 
 def save_weights(path, run, classes):
     """Write all that classifying images takes."""
-    content = {"recipe": dataclasses.asdict(run.recipe), "weights": run.model.state_dict(), "mean": run.mean,
+    content = {"recipe": dataclasses.asdict(run.recipe), "weights": run.averaged.state_dict(), "mean": run.mean,
                "std": run.std, "classes": classes}
     write_file(path, lambda file: torch.save(content, file))
 

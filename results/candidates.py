@@ -1,6 +1,6 @@
 """Train as `train.py` does, with candidates for its recipe that it does not have.
 
-    python results/candidates.py --averages 50 200 --ghost-batch 128 --set batchnorm_momentum=0.1 --holdout 5000
+    python results/candidates.py --averages 50 200 --ghost-batch 128 --holdout 5000
 
 Takes the options of `train.py` too, but --checkpoint. The report says which candidates were on, and has the accuracy of
 each average of the weights after every epoch beside that of the weights themselves. To rank candidates at a sixth of
@@ -29,7 +29,8 @@ def parse_arguments(argv):
     parser.add_argument("--averages", type=train.number(int, "[1, inf)"), nargs="+", default=[], metavar="STEPS",
                         help="evaluate averages of the weights that remember so many steps (exponential)")
     parser.add_argument("--ghost-batch", type=train.number(int, "[0, inf)"), default=0, metavar="N",
-                        help="BatchNorm sees N images of a batch at a time; 0 is all")
+                        help="BatchNorm sees N images of a batch at a time, each counts as before for its statistics; "
+                             "0 is all")
     parser.add_argument("--bias-rate", type=train.number(float, "(0, inf)"), default=1.0, metavar="FACTOR",
                         help="the learning rate of biases and of BatchNorm's scales and shifts, as a multiple")
     parser.add_argument("--decay-all", action="store_true",
@@ -227,6 +228,8 @@ def train_with(options, argv):
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.weight.requires_grad_(False)
         for module in run.model.modules():
+            if options.ghost_batch and isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum *= options.ghost_batch / run.recipe.batch_size  # it sees more batches of fewer images
             if isinstance(module, train.ResBlock):
                 torch.nn.init.constant_(module.residual[1][1].weight, options.residual_scale)
         run.optimizer.register_step_pre_hook(scale_bias_rate)
@@ -242,7 +245,7 @@ def train_with(options, argv):
     def evaluate_averages_too(run):
         if options.evaluate_few and run.epoch + 1 < run.recipe.epochs:  # `epochs` counts an epoch once it is evaluated
             run = dataclasses.replace(run, test=train.Split(*(part[:options.evaluate_few] for part in run.test)))
-        accuracies = {memory: evaluate(dataclasses.replace(run, model=model))["test_accuracy"]
+        accuracies = {memory: evaluate(dataclasses.replace(run, averaged=model))["test_accuracy"]
                       for memory, model in averages.items()}
         return {**evaluate(run), "average_accuracy": accuracies}
 
