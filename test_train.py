@@ -656,7 +656,7 @@ def lasting(report):
 
 
 def test_a_run_stopped_in_any_way_ends_as_an_undisturbed_one(workplace):
-    arguments, seen = ("--epochs", 16, "--checkpoint", "run.pt", *RATES), 0
+    arguments, seen = ("--epochs", 16, "--checkpoint", "run.pt", "--set", "average_epochs=2", *RATES), 0
     for number, code, said, status in (
             (signal.SIGINT, 130, r"\ninterrupted\n", "interrupted"),
             (signal.SIGTERM, 143, r"\ninterrupted\n", "interrupted"),
@@ -675,7 +675,7 @@ def test_a_run_stopped_in_any_way_ends_as_an_undisturbed_one(workplace):
     assert workplace.run(*arguments, "--checkpoint", "whole.pt") == 0
     assert lasting(resumed) == lasting(workplace.report()) and len(resumed["epochs"]) == 16
     states = [torch.load(name, weights_only=True)["run"] for name in ("run.pt", "whole.pt")]
-    assert same(*({part: state[part] for part in ("model", "optimizer")} for state in states))
+    assert same(*({part: state[part] for part in ("model", "averaged", "optimizer")} for state in states))
 
 
 def test_a_finished_run_goes_on_in_its_own_file_and_a_new_run_has_a_new_one(workplace):
@@ -786,9 +786,11 @@ def test_a_full_disk_is_named(workplace, monkeypatch):
 
 
 def test_trained_weights_classify_images_without_the_run(workplace):
-    changed = ("--set", "logit_scale=0.25", "--set", "beta1=0.9,0.8")
-    assert workplace.run("--epochs", 2, "--weights", "weights.pt", *changed, *RATES) == 0
+    changed = ("--set", "logit_scale=0.25", "--set", "beta1=0.9,0.8", "--set", "average_epochs=2")
+    assert workplace.run("--epochs", 2, "--weights", "weights.pt", "--checkpoint", "run.pt", *changed, *RATES) == 0
     model, mean, std, classes = train.load_weights("weights.pt")
+    states = torch.load("run.pt", weights_only=True)["run"]
+    assert same(model.state_dict(), states["averaged"]) and not same(model.state_dict(), states["model"])
     images, labels = train.load_cifar10("data")[1]
     predicted = model(train.normalise(images, mean, std)).argmax(1)
     assert (predicted == labels).float().mean() == pytest.approx(
