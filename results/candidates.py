@@ -41,6 +41,10 @@ def parse_arguments(argv):
                         help="take gradients that far down Adam's first moment from the weights (arXiv:2401.12033)")
     parser.add_argument("--look-ahead-rate", type=train.number(float, "[0, inf)"), default=0.0, metavar="FACTOR",
                         help="the same, this times the learning rate away")
+    parser.add_argument("--ascent", type=train.number(float, "[0, inf)"), default=0.0, metavar="DISTANCE",
+                        help="take gradients that far up the gradient from the weights (arXiv:2010.01412)")
+    parser.add_argument("--ascent-images", type=train.number(int, "[2, inf)"), default=128, metavar="N",
+                        help="of a batch, how many images to ascend the gradient of: each costs as much as in training")
     parser.add_argument("--past-targets", type=train.number(float, "[0, 1)"), default=0.0, metavar="SHARE",
                         help="of the target of each image, how much is what the network said of it an epoch before; "
                              "grows linearly to this in the last epoch (arXiv:2006.12000)")
@@ -140,6 +144,42 @@ def look_ahead(run, distance, factor):
     run.optimizer.register_step_pre_hook(move_back)
 
 
+def ascend(run, batches, distance, count):
+    """Yield `batches` of a run, each while its weights are moved up the gradient of the first `count` images.
+
+    They are moved back before the step. BatchNorm's running statistics are of those images, at weights not moved.
+    """
+    moved = []  # (parameter, by how much) between here and the step
+    momenta = {module: module.momentum for module in run.model.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+
+    @torch.no_grad()
+    def move_back(*_):
+        for parameter, by in moved:
+            parameter -= by
+        moved.clear()
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+
+    hook = run.optimizer.register_step_pre_hook(move_back)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    try:
+        for images, labels in batches:
+            with run.autocast():
+                logits = run.model(images[:count])
+            loss = train.F.cross_entropy(logits.float(), labels[:count], label_smoothing=run.recipe.label_smoothing)
+            gradients = torch.autograd.grad(loss, parameters)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            moved.extend((parameter, gradient * (distance / norm)) for parameter, gradient in zip(parameters, gradients))
+            with torch.no_grad():
+                for parameter, by in moved:
+                    parameter += by
+            for module in momenta:
+                module.momentum = 0.0
+            yield images, labels
+    finally:
+        hook.remove()
+
+
 class PastTargets:
     """Targets that are in part what the network said of the same image, otherwise augmented, an epoch before."""
 
@@ -206,6 +246,7 @@ def spread_batches(recipe, training, seed, epoch):
 def train_with(options, argv):
     """Run `train.main` with the candidates of `options`. Returns its exit code."""
     start, evaluate, new_report, whiten = train.start, train.evaluate, train.new_report, train.whiten_first_layer
+    take_steps = train.take_steps
     averages = {}  # of the run that is training, by their memory
 
     def scale_bias_rate(optimizer, *_):
@@ -261,6 +302,10 @@ def train_with(options, argv):
     if options.ghost_batch:
         network = type("GhostResNet", (GhostForward, network), {"ghost_batch": options.ghost_batch})
     replaced["ResNet"] = network
+    if options.ascent:
+        def take_steps_from_above(run, batches, schedule):
+            return take_steps(run, ascend(run, batches, options.ascent, options.ascent_images), schedule)
+        replaced["take_steps"] = take_steps_from_above
     if options.both_mirrors:
         replaced["augmented_batches"] = batches_of_both_mirrors
     if options.spread_crops:
