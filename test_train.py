@@ -1440,6 +1440,29 @@ def test_gradients_are_taken_further_down_the_first_moment():
     torch.testing.assert_close(seen[-1], after[-1], rtol=0, atol=0)
 
 
+def test_gradients_are_taken_further_up_the_gradient_of_a_part_of_the_batch():
+    def flat(tensors):
+        return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    run, seen, before = small_run(), [], []  # the weights in the forward passes and before the step
+    run.model.register_forward_pre_hook(lambda *_: seen.append(flat(run.model.parameters())))
+    batches, own = candidates.ascend(run, [run.test] * 2, 0.3, 6), copy.deepcopy(run.model).train()
+    loss = F.cross_entropy(own(run.test.images[:6]), run.test.labels[:6], label_smoothing=run.recipe.label_smoothing)
+    gradient = flat(torch.autograd.grad(loss, own.parameters()))
+    steps = train.take_steps(run, batches, [(0.01, 0.9)] * 2)
+    run.optimizer.register_step_pre_hook(lambda *_: before.append(flat(run.model.parameters())))
+    next(steps)
+    torch.testing.assert_close(seen[1] - seen[0], 0.3 * gradient / gradient.norm(), rtol=1e-3, atol=1e-6)
+    for name, values in own.named_buffers():  # seen by BatchNorm once, at weights not moved
+        torch.testing.assert_close(run.model.get_buffer(name), values + (name.endswith("num_batches_tracked")))
+    next(steps)
+    assert [len(seen), len(before)] == [4, 2]
+    for step in (0, 1):
+        torch.testing.assert_close(before[step], seen[2 * step])
+    steps.close()
+    run.model.eval()(run.test.images)
+    assert {module.momentum for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+
+
 def test_past_targets_are_what_was_said_of_the_same_image():
     recipe = Recipe(epochs=4, batch_size=3, padding=0, cutout=0)
     training = train.Split(torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 32, 32), torch.tensor([3, 1, 4, 1, 5]))
@@ -1510,8 +1533,8 @@ def test_spread_crops_and_cutouts_are_everywhere_about_as_often(monkeypatch):
 
 
 def test_candidates_of_the_loss_and_the_batches_reach_the_run(workplace):
-    runs = ((), ("--look-ahead", 0.5), ("--look-ahead-rate", 5), ("--past-targets", 0.5), ("--both-mirrors",),
-            ("--spread-crops",), ("--both-mirrors", "--past-targets", 0.5))
+    runs = ((), ("--look-ahead", 0.5), ("--look-ahead-rate", 5), ("--ascent", 0.5), ("--past-targets", 0.5),
+            ("--both-mirrors",), ("--spread-crops",), ("--both-mirrors", "--past-targets", 0.5))
     losses = [run_with(workplace, "--epochs", 2, *RATES, *run)["epochs"][1]["train_loss"] for run in runs]
     assert len(set(losses)) == len(losses)
 

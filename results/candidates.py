@@ -68,6 +68,8 @@ def parse_arguments(argv):
     options, rest = parser.parse_known_args(argv)
     if options.both_mirrors and options.spread_crops:
         parser.error("--both-mirrors and --spread-crops: each makes the batches in its own way")
+    if options.ascent and options.past_targets:
+        parser.error("--ascent and --past-targets: what is said of a part of a batch is of no use")
     if train.parse_arguments(rest).checkpoint:
         parser.error("--checkpoint: it would not have the averages of the weights")
     return options, rest
@@ -169,7 +171,7 @@ def ascend(run, batches, distance, count):
             loss = train.F.cross_entropy(logits.float(), labels[:count], label_smoothing=run.recipe.label_smoothing)
             gradients = torch.autograd.grad(loss, parameters)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-            moved.extend((parameter, gradient * (distance / norm)) for parameter, gradient in zip(parameters, gradients))
+            moved.extend(zip(parameters, (gradient * (distance / norm) for gradient in gradients)))
             with torch.no_grad():
                 for parameter, by in moved:
                     parameter += by
@@ -245,8 +247,8 @@ def spread_batches(recipe, training, seed, epoch):
 
 def train_with(options, argv):
     """Run `train.main` with the candidates of `options`. Returns its exit code."""
-    start, evaluate, new_report, whiten = train.start, train.evaluate, train.new_report, train.whiten_first_layer
-    take_steps = train.take_steps
+    start, take_steps, evaluate, new_report = train.start, train.take_steps, train.evaluate, train.new_report
+    whiten = train.whiten_first_layer
     averages = {}  # of the run that is training, by their memory
 
     def scale_bias_rate(optimizer, *_):
@@ -303,9 +305,8 @@ def train_with(options, argv):
         network = type("GhostResNet", (GhostForward, network), {"ghost_batch": options.ghost_batch})
     replaced["ResNet"] = network
     if options.ascent:
-        def take_steps_from_above(run, batches, schedule):
-            return take_steps(run, ascend(run, batches, options.ascent, options.ascent_images), schedule)
-        replaced["take_steps"] = take_steps_from_above
+        replaced["take_steps"] = lambda run, batches, schedule: take_steps(
+            run, ascend(run, batches, options.ascent, options.ascent_images), schedule)
     if options.both_mirrors:
         replaced["augmented_batches"] = batches_of_both_mirrors
     if options.spread_crops:
