@@ -200,7 +200,7 @@ BatchNorm's statistics are those of other weights, and the weights themselves of
 [stopped]({stopped_name}) after epoch {stopped_epoch}, right on {stopped_accuracy} of its training images, where the
 recipe is on {recipe_then}.
 
-Nor does sharpness-aware minimisation, which takes a quarter more time: gradients taken at a distance up the gradient of
+Nor does sharpness-aware minimisation, which computes a quarter more: gradients taken at a distance up the gradient of
 128 images of the batch (`ascent`). At 0.2 the last epoch is right on {ascent_right} of its training images, where the
 recipe is on {recipe_right}, and knows the others no better.
 
@@ -761,6 +761,8 @@ def readme():
     averages, weights = ranking[""]
     deviation = ranking_deviation({**ranking, **without})
     ranking_10 = by_change(short, short["ranking-10-epochs/tuned-seed0.json"])
+    deviation_10 = ranking_deviation(ranking_10)
+    without_cutout = ahead(ranking_10["cutout 0"][0], ranking_10[""][0], deviation_10)
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     (stopped_name, stopped), = load("unfinished").items()
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == RAW + HALF_WIDTH]
@@ -788,7 +790,7 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
-        ranking_10=ranking_table(ranking_10, ranking_deviation(ranking_10)),
+        ranking_10=ranking_table(ranking_10, deviation_10), cutout_costs="{:.2f} ± {:.2f}".format(*without_cutout),
         ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
         part_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()),
         ranking_deviation=f"{100 * deviation:.2f}",
