@@ -1420,9 +1420,11 @@ def test_central_gradients_have_no_mean_over_a_filter(workplace, monkeypatch):
     assert moments["head.bias"].abs().max() > 0  # those of one dimension are left as they are
 
 
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
 def test_gradients_are_taken_further_down_the_first_moment():
-    def flat(tensors):
-        return torch.cat([tensor.detach().flatten() for tensor in tensors])
     run = small_run()
     candidates.look_ahead(run, 0.3, 20)  # 0.5 at a rate of 0.01
     seen, before, after, moments = [], [], [], []  # the weights in the forward pass, before and after the step
@@ -1441,8 +1443,6 @@ def test_gradients_are_taken_further_down_the_first_moment():
 
 
 def test_gradients_are_taken_further_up_the_gradient_of_a_part_of_the_batch():
-    def flat(tensors):
-        return torch.cat([tensor.detach().flatten() for tensor in tensors])
     run, seen = small_run(), []  # the weights in the forward passes
     batches, own = candidates.ascend(run, [run.test] * 2, 0.3, 6), copy.deepcopy(run.model).train()
     run.model.register_forward_pre_hook(lambda *_: seen.append(flat(run.model.parameters())))

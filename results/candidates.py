@@ -119,31 +119,39 @@ def average(run, memory):
     return averaged.module
 
 
+@torch.no_grad()
+def move(parameters, directions, distance):
+    """Move all parameters together that far in the directions. Returns (parameter, by how much) of each."""
+    norm = torch.stack([direction.norm() for direction in directions]).norm()
+    moved = [(parameter, direction * (distance / norm)) for parameter, direction in zip(parameters, directions)]
+    for parameter, by in moved:
+        parameter += by
+    return moved
+
+
+@torch.no_grad()
+def move_back(moved):
+    """Take back what `move` did, and forget it."""
+    for parameter, by in moved:
+        parameter -= by
+    moved.clear()
+
+
 def look_ahead(run, distance, factor):
     """Let a run take its gradients further down the first moment of Adam's gradients from its weights.
 
     How far is `distance` plus `factor` times the learning rate.
     """
-    moved = []  # (parameter, by how much) between the forward pass and the step
+    moved = []  # what `move` returns, between the forward pass and the step
 
-    @torch.no_grad()
-    def move(*_):
+    def move_ahead(*_):
         moments = {parameter: state["exp_avg"] for parameter, state in run.optimizer.state.items()}
         if run.model.training and moments:
-            norm = torch.stack([moment.norm() for moment in moments.values()]).norm()
             length = distance + factor * run.optimizer.param_groups[0]["lr"]
-            moved.extend((parameter, moment * (-length / norm)) for parameter, moment in moments.items())
-            for parameter, by in moved:
-                parameter += by
+            moved.extend(move(moments.keys(), moments.values(), -length))
 
-    @torch.no_grad()
-    def move_back(*_):
-        for parameter, by in moved:
-            parameter -= by
-        moved.clear()
-
-    run.model.register_forward_pre_hook(move)
-    run.optimizer.register_step_pre_hook(move_back)
+    run.model.register_forward_pre_hook(move_ahead)
+    run.optimizer.register_step_pre_hook(lambda *_: move_back(moved))
 
 
 def ascend(run, batches, distance, count):
@@ -151,30 +159,22 @@ def ascend(run, batches, distance, count):
 
     They are moved back before the step. BatchNorm's running statistics are of those images, at weights not moved.
     """
-    moved = []  # (parameter, by how much) between here and the step
+    moved = []  # what `move` returns, between here and the step
     momenta = {module: module.momentum for module in run.model.modules() if isinstance(module, torch.nn.BatchNorm2d)}
 
-    @torch.no_grad()
-    def move_back(*_):
-        for parameter, by in moved:
-            parameter -= by
-        moved.clear()
+    def restore(*_):
+        move_back(moved)
         for module, momentum in momenta.items():
             module.momentum = momentum
 
-    hook = run.optimizer.register_step_pre_hook(move_back)
+    hook = run.optimizer.register_step_pre_hook(restore)
     parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     try:
         for images, labels in batches:
             with run.autocast():
                 logits = run.model(images[:count])
             loss = train.F.cross_entropy(logits.float(), labels[:count], label_smoothing=run.recipe.label_smoothing)
-            gradients = torch.autograd.grad(loss, parameters)
-            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-            moved.extend(zip(parameters, (gradient * (distance / norm) for gradient in gradients)))
-            with torch.no_grad():
-                for parameter, by in moved:
-                    parameter += by
+            moved.extend(move(parameters, torch.autograd.grad(loss, parameters), distance))
             for module in momenta:
                 module.momentum = 0.0
             yield images, labels
