@@ -1276,6 +1276,33 @@ def test_the_table_of_changes_compares_averages_and_says_how_sure_they_are():
         tables.by_change(runs, runs["ranking/tuned-seed0.json"])
 
 
+def test_the_path_leads_from_the_plain_recipe_to_the_tuned_one():
+    recipes = tables.path_recipes()
+    assert list(recipes.values())[0] == train.RECIPES["plain"] and list(recipes.values())[-1] == train.RECIPES["tuned"]
+    sweep = tables.load("sweeps")["sweeps/batch-512-bf16-two-epochs-seed0.json"]
+
+    def report(recipe, seed, value, lr_max):
+        return {**sweep, "config": {**sweep["config"], "recipe": train.recipe_values(recipe), "seed": seed,
+                                    "lr_max": lr_max}, "summary": {"final_test_accuracy": value}}
+    found = tables.found(sweep)
+    sweeps = {part: report(recipe, 0, None, found) for part, recipe in recipes.items()}
+    for part in ("weight decay", "average of the weights"):  # the sweep of the row before does for these
+        del sweeps[part]
+    runs = {f"{part} {seed}": report(recipe, seed, 0.8 + 0.01 * row + 0.02 * seed, found)
+            for row, (part, recipe) in enumerate(recipes.items()) for seed in (1, 0)}
+    rows = tables.path_table(runs, sweeps, {"whole": report(recipes["plain"], 0, 0.9, 1.0)}).splitlines()[2:]
+    assert len(rows) == 9
+    assert rows[0] == (f"| plain | [{found:.3g}](plain) | 2 | 81.00% | 1.41% | [80.00%](plain 0), [82.00%](plain 1) | "
+                       f"- | 90.00% ± - (1) |")
+    assert rows[8] == (f"| + average of the weights | [{found:.3g}](reflection) | 2 | 89.00% | 1.41% | "
+                       f"[88.00%](average of the weights 0), [90.00%](average of the weights 1) | +1.00 ± 1.41 |  |")
+    other = report(train.Recipe(flips="random"), 0, 0.9, found)
+    for changed, complaint in (({"plain 0": report(recipes["plain"], 0, 0.8, 1.1 * found)}, "row plain is not at"),
+                               ({"another": other}, "runs of no row")):
+        with pytest.raises(ValueError, match=complaint):
+            tables.path_table({**runs, **changed}, sweeps, {})
+
+
 def test_many_images_are_evaluated_of_the_runs_that_few_were_of():
     few, many = (tables.load(study)[f"{study}/tuned-seed0.json"]["epochs"] for study in ("proxy", "ranking"))
     for name in ("train_loss", "test_accuracy"):

@@ -6,6 +6,7 @@ A folder is a study, a report in it is one run, as `train.py --output` writes it
 this script makes of the reports.
 """
 
+import dataclasses
 import json
 import math
 import statistics
@@ -88,6 +89,15 @@ LRMIN / 10,000.
 
 After epoch 10, where 90% was reported, the rate is still high, and accuracy goes up and down from epoch to epoch.
 Seconds compare in part alone, as processors of one name were not equally fast.
+
+## The path: from the plain recipe to the tuned one
+
+One part more a row, each at the LRMAX that a sweep of that recipe finds with seed 0 (at full width, on all images), 24
+epochs on the finer proxy of the [last section](#candidates-for-the-recipe): half the network, trained on 22,500 images,
+evaluated on 27,500 others. "Gain" is the distance to the row above with its standard error, runs of one row deviating
+as those of all do. The last column has whole runs of the ends: mean, standard deviation and number.
+
+{path}
 
 ## Whole runs on held-out images
 
@@ -213,7 +223,7 @@ Over so few epochs cutout costs more than any candidate brings.
 
 The other way round: a part of the recipe taken away at a time, for what the plain recipe has in its place. An LRMAX
 that a row names is the one that a sweep of the whole recipe without that part finds with seed 0
-({part_sweeps}).
+({without_sweeps}).
 
 {without}
 
@@ -586,6 +596,59 @@ def ranking_table(grouped, deviation):
                   "ahead, points"], rows)
 
 
+# The parts that the tuned recipe adds to the plain one, in the order of the path from this to that: their constants.
+PATH = {"logits times 1/8": ["logit_scale"], "whitening and identity": ["whitening_images", "initialisation"],
+        "label smoothing": ["label_smoothing"], "epsilon 0.01": ["epsilon"], "weight decay": ["memory_epochs"],
+        "alternating flips": ["flips"], "reflection": ["padding_mode"], "average of the weights": ["average_epochs"]}
+UNSEEN_BY_SWEEPS = "memory_epochs", "average_epochs"  # they do nothing before training
+
+
+def path_recipes():
+    """Return the recipes of the path by the part that each adds to the one before; the first is plain."""
+    recipes = {"plain": train.RECIPES["plain"]}
+    for part, names in PATH.items():
+        added = {name: getattr(train.RECIPES["tuned"], name) for name in names}
+        recipes[part] = dataclasses.replace(list(recipes.values())[-1], **added)
+    return recipes
+
+
+def parts_of(values, unseen=()):
+    """Return which of the values of a recipe, as a report has them, set apart the recipes of the path."""
+    values = {"average_epochs": 0.0, **values}  # older reports are of the weights themselves
+    return tuple(values[name] for names in PATH.values() for name in names if name not in unseen)
+
+
+def path_table(reports, sweeps, whole):
+    """Return the table of the path on the proxy, a row each part, beside `whole` runs of the same recipes.
+
+    Raises ValueError where a run is at another rate than the one sweep of its recipe finds, or is of no row, and
+    KeyError where a row has no sweep.
+    """
+    check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
+    found_by = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
+    grouped, beside = (groups(dict(in_order_of_seeds(runs)), lambda report: parts_of(report["config"]["recipe"]))
+                       for runs in (reports, whole))
+    accuracies = {key: {name: accuracy(report) for name, report in row.items()} for key, row in grouped.items()}
+    deviation, rows, before = pooled_deviation(accuracies), [], None
+    for part, recipe in path_recipes().items():
+        values = train.recipe_values(recipe)
+        sweep = found_by[parts_of(values, UNSEEN_BY_SWEEPS)]
+        runs, row = (of_parts.pop(parts_of(values), {}) for of_parts in (grouped, accuracies))
+        if not all(math.isclose(report["config"]["lr_max"], found(sweeps[sweep]), rel_tol=0.01)
+                   for report in runs.values()):
+            raise ValueError(f"a run of the row {part} is not at the rate that its sweep finds")
+        gain = "{:+.2f} ± {:.2f}".format(*ahead(row, before, deviation)) if before else "-"
+        ends = list(beside.get(parts_of(values), {}).values())
+        rows.append([part if part == "plain" else f"+ {part}", f"[{found(sweeps[sweep]):.3g}]({sweep})", len(row),
+                     f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row), gain,
+                     f"{mean(ends):.2%} ± {spread(ends)} ({len(ends)})" if ends else ""])
+        before = row
+    if grouped:
+        raise ValueError(f"runs of no row: {grouped.keys()}")
+    return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "gain, points",
+                  "whole runs, test images"], rows)
+
+
 def sweep_epochs(report):
     """Return how many epochs the sweep of a report would have lasted."""
     return round(planned_steps(report) * report["config"]["batch_size"] / report["data"]["train_images"])
@@ -753,8 +816,11 @@ def readme():
     check_alike(earlier.values(), "recipe")
     own = [report for report in holdout.values() if recipe_in_words(report) == RAW]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
-    ablations, ten_epochs = load("ablations"), load("ten-epochs")
-    proxy, one_change, part_sweeps, short = map(load, ("proxy", "ranking", "part-sweeps", "ranking-10-epochs"))
+    ablations, ten_epochs, part_sweeps = map(load, ("ablations", "ten-epochs", "part-sweeps"))
+    proxy, one_change, short = map(load, ("proxy", "ranking", "ranking-10-epochs"))
+    ends = {name: report for name, report in {**sweeps, **plain_sweeps}.items()  # those of the path
+            if name.endswith("batch-512-bf16-two-epochs-seed0.json")}
+    plain_found_rates = {name: report for name, report in letter.items() if report["lr_sweep"]}
     as_it_is = one_change["ranking/tuned-seed0.json"]
     ranking = by_change(one_change, as_it_is)
     without = {"": ranking[""], **by_change(load("without"), as_it_is)}
@@ -777,6 +843,9 @@ def readme():
         ten_epochs=whole_runs(ten_epochs), ten_headline=in_words(ten_epochs.values()),
         right_in_training=right_in_training(default), right_in_training_10=right_in_training(ten_epochs),
         mirror_gain=f"{mirror_gain(default):.2f}",
+        path=path_table(load("path"), {**part_sweeps, **ends}, {**default, **plain_found_rates}),
+        without_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()
+                                 if recipe_name(report) == "tuned"),
         earlier=whole_runs({**raw, **earlier}), earlier_headline=in_words(earlier.values()),
         letter=letter_table({**letter, **default}),
         holdout=whole_runs(holdout), recipe_mean=f"{mean(own):.2%}", epsilon_mean=f"{mean(other):.2%}",
@@ -792,7 +861,6 @@ def readme():
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
         ranking_10=ranking_table(ranking_10, deviation_10), cutout_costs="{:.2f} ± {:.2f}".format(*without_cutout),
         ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
-        part_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()),
         ranking_deviation=f"{100 * deviation:.2f}",
         ranking_pairs=sum(len(row) > 1 for row, _ in {**ranking, **without}.values()), ranking_changes=len(distances),
         ranking_better=sum(distance >= 2 * error for distance, error in distances) or "none",
