@@ -1290,17 +1290,18 @@ def test_the_path_leads_from_the_plain_recipe_to_the_tuned_one():
         del sweeps[part]
     runs = {f"{part} {seed}": report(recipe, seed, 0.8 + 0.01 * row + 0.02 * seed, found)
             for row, (part, recipe) in enumerate(recipes.items()) for seed in (1, 0)}
-    rows = tables.path_table(runs, sweeps, {"whole": report(recipes["plain"], 0, 0.9, 1.0)}).splitlines()[2:]
-    assert len(rows) == 9
-    assert rows[0] == (f"| plain | [{found:.3g}](plain) | 2 | 81.00% | 1.41% | [80.00%](plain 0), [82.00%](plain 1) | "
-                       f"- | 90.00% ± - (1) |")
-    assert rows[8] == (f"| + average of the weights | [{found:.3g}](reflection) | 2 | 89.00% | 1.41% | "
-                       f"[88.00%](average of the weights 0), [90.00%](average of the weights 1) | +1.00 ± 1.41 |  |")
+    rows = tables.path_rows(runs, sweeps, {"whole": report(recipes["plain"], 0, 0.9, 1.0)})
+    assert list(rows) == list(recipes) and len(rows) == 9
+    assert rows["plain"] == ["plain", f"[{found:.3g}](plain)", 2, "81.00%", "1.41%",
+                             "[80.00%](plain 0), [82.00%](plain 1)", "-", "90.00% ± - (1)"]
+    assert rows["average of the weights"] == [
+        "+ average of the weights", f"[{found:.3g}](padding)", 2, "89.00%", "1.41%",
+        "[88.00%](average of the weights 0), [90.00%](average of the weights 1)", "+1.00 ± 1.41", ""]
     other = report(train.Recipe(flips="random"), 0, 0.9, found)
     for changed, complaint in (({"plain 0": report(recipes["plain"], 0, 0.8, 1.1 * found)}, "row plain is not at"),
                                ({"another": other}, "runs of no row")):
         with pytest.raises(ValueError, match=complaint):
-            tables.path_table({**runs, **changed}, sweeps, {})
+            tables.path_rows({**runs, **changed}, sweeps, {})
 
 
 def test_many_images_are_evaluated_of_the_runs_that_few_were_of():

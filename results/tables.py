@@ -93,9 +93,9 @@ Seconds compare in part alone, as processors of one name were not equally fast.
 ## The path: from the plain recipe to the tuned one
 
 One part more a row, each at the LRMAX that a sweep of that recipe finds with seed 0 (at full width, on all images), 24
-epochs on the finer proxy of the [last section](#candidates-for-the-recipe): half the network, trained on 22,500 images,
-evaluated on 27,500 others. "Gain" is the distance to the row above with its standard error, runs of one row deviating
-as those of all do. The last column has whole runs of the ends: mean, standard deviation and number.
+epochs on the finer proxy of the last section: half the network, trained on 22,500 images, evaluated on 27,500 others.
+"Gain" is the distance to the row above with its standard error, runs of one row deviating as those of all do. The last
+column has whole runs of the ends: mean, standard deviation and number.
 
 {path}
 
@@ -597,9 +597,9 @@ def ranking_table(grouped, deviation):
 
 
 # The parts that the tuned recipe adds to the plain one, in the order of the path from this to that: their constants.
-PATH = {"logits times 1/8": ["logit_scale"], "whitening and identity": ["whitening_images", "initialisation"],
-        "label smoothing": ["label_smoothing"], "epsilon 0.01": ["epsilon"], "weight decay": ["memory_epochs"],
-        "alternating flips": ["flips"], "reflection": ["padding_mode"], "average of the weights": ["average_epochs"]}
+PATH = {"logits": ["logit_scale"], "initialisation": ["whitening_images", "initialisation"],
+        "label smoothing": ["label_smoothing"], "Adam's epsilon": ["epsilon"], "weight decay": ["memory_epochs"],
+        "flips": ["flips"], "padding": ["padding_mode"], "average of the weights": ["average_epochs"]}
 UNSEEN_BY_SWEEPS = "memory_epochs", "average_epochs"  # they do nothing before training
 
 
@@ -618,35 +618,42 @@ def parts_of(values, unseen=()):
     return tuple(values[name] for names in PATH.values() for name in names if name not in unseen)
 
 
-def path_table(reports, sweeps, whole):
-    """Return the table of the path on the proxy, a row each part, beside `whole` runs of the same recipes.
+def path_rows(reports, sweeps, whole):
+    """Return the rows of the path on the proxy by the part that each adds, beside `whole` runs of the same recipes.
 
     Raises ValueError where a run is at another rate than the one sweep of its recipe finds, or is of no row, and
-    KeyError where a row has no sweep.
+    KeyError where a row has no sweep or no run.
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
     found_by = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
     grouped, beside = (groups(dict(in_order_of_seeds(runs)), lambda report: parts_of(report["config"]["recipe"]))
                        for runs in (reports, whole))
     accuracies = {key: {name: accuracy(report) for name, report in row.items()} for key, row in grouped.items()}
-    deviation, rows, before = pooled_deviation(accuracies), [], None
+    deviation, rows, before = pooled_deviation(accuracies), {}, None
     for part, recipe in path_recipes().items():
         values = train.recipe_values(recipe)
         sweep = found_by[parts_of(values, UNSEEN_BY_SWEEPS)]
-        runs, row = (of_parts.pop(parts_of(values), {}) for of_parts in (grouped, accuracies))
+        runs, row = (of_parts.pop(parts_of(values)) for of_parts in (grouped, accuracies))
         if not all(math.isclose(report["config"]["lr_max"], found(sweeps[sweep]), rel_tol=0.01)
                    for report in runs.values()):
             raise ValueError(f"a run of the row {part} is not at the rate that its sweep finds")
         gain = "{:+.2f} ± {:.2f}".format(*ahead(row, before, deviation)) if before else "-"
         ends = list(beside.get(parts_of(values), {}).values())
-        rows.append([part if part == "plain" else f"+ {part}", f"[{found(sweeps[sweep]):.3g}]({sweep})", len(row),
-                     f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row), gain,
-                     f"{mean(ends):.2%} ± {spread(ends)} ({len(ends)})" if ends else ""])
+        rows[part] = [part if part == "plain" else f"+ {part}", f"[{found(sweeps[sweep]):.3g}]({sweep})", len(row),
+                      f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row), gain,
+                      f"{mean(ends):.2%} ± {spread(ends)} ({len(ends)})" if ends else ""]
         before = row
     if grouped:
         raise ValueError(f"runs of no row: {grouped.keys()}")
-    return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "gain, points",
-                  "whole runs, test images"], rows)
+    return rows
+
+
+def path():
+    """Return the rows of the path from the reports in results/."""
+    ends = {name: report for name, report in {**load("sweeps"), **load("plain-sweeps")}.items()
+            if name.endswith("batch-512-bf16-two-epochs-seed0.json")}
+    plain_found_rates = {name: report for name, report in load("letter").items() if report["lr_sweep"]}
+    return path_rows(load("path"), {**load("part-sweeps"), **ends}, {**load("default"), **plain_found_rates})
 
 
 def sweep_epochs(report):
@@ -800,7 +807,8 @@ def quotes():
             "margin": f"stays within {100 * train.Recipe().sweep_margin:g}% of it",
             "factor": f"within a factor of {max(factors[:3]):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
-            "plain factor": f"one of {factors[3]:.2f} over {seeds[3]}"}
+            "plain factor": f"one of {factors[3]:.2f} over {seeds[3]}",
+            **{part: f"| {part} | {row[6]} |" for part, row in path().items() if part != "plain"}}
 
 
 def readme():
@@ -818,9 +826,6 @@ def readme():
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
     ablations, ten_epochs, part_sweeps = map(load, ("ablations", "ten-epochs", "part-sweeps"))
     proxy, one_change, short = map(load, ("proxy", "ranking", "ranking-10-epochs"))
-    ends = {name: report for name, report in {**sweeps, **plain_sweeps}.items()  # those of the path
-            if name.endswith("batch-512-bf16-two-epochs-seed0.json")}
-    plain_found_rates = {name: report for name, report in letter.items() if report["lr_sweep"]}
     as_it_is = one_change["ranking/tuned-seed0.json"]
     ranking = by_change(one_change, as_it_is)
     without = {"": ranking[""], **by_change(load("without"), as_it_is)}
@@ -843,7 +848,8 @@ def readme():
         ten_epochs=whole_runs(ten_epochs), ten_headline=in_words(ten_epochs.values()),
         right_in_training=right_in_training(default), right_in_training_10=right_in_training(ten_epochs),
         mirror_gain=f"{mirror_gain(default):.2f}",
-        path=path_table(load("path"), {**part_sweeps, **ends}, {**default, **plain_found_rates}),
+        path=table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "gain, points",
+                    "whole runs, test images"], path().values()),
         without_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()
                                  if recipe_name(report) == "tuned"),
         earlier=whole_runs({**raw, **earlier}), earlier_headline=in_words(earlier.values()),
