@@ -1194,8 +1194,14 @@ def test_a_mean_is_of_one_recipe_and_rule():
 
 def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
     reports = {**tables.load("letter"), **tables.load("default")}
-    rows = tables.letter_table(reports).splitlines()[2:]
+    rows = tables.letter_table(dict(reversed(reports.items()))).splitlines()[2:]
     assert [name for name in reports if not any(name in row for row in rows)] == []
+    assert len(rows) == len(tables.REPORTED)
+    plain = [reports[f"letter/plain-seed{seed}.json"] for seed in (0, 1)]
+    lr_max = [report["config"]["lr_max"] for report in plain]
+    assert rows[0].startswith("| plain | {:.3g}, {:.3g} found | {:.3g}, {:.3g} | {:.2%} | ".format(
+        *lr_max, *(lr / 300 for lr in lr_max), tables.mean(plain)))
+    assert f"| [{tables.accuracy(plain[0]):.2%}](letter/plain-seed0.json), " in rows[0]
     with pytest.raises(ValueError, match="annihilation 10000"):
         tables.letter_table({name: report for name, report in reports.items() if "annihilation" not in name})
     reports["another"] = copy.deepcopy(reports["default/seed0.json"])

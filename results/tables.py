@@ -75,7 +75,8 @@ The goals are 95.0% in 24 epochs and 94.0% in 10, of one view of each image. Wha
 ## To the letter: the recipe as it was handed out, beside ours
 
 `python train.py --recipe plain`, on all images, at the rates that people who followed the recipe by hand took, and at
-those that the sweep finds; below it the default command again. The last column is what each of them reported.
+those that the sweep finds; below it the default command again. A row has all seeds, the columns LRMAX, LRMIN, "of each
+seed" and "90% at epoch" in one order, "mean" and "after epoch 10" their means; the last column is what others reported.
 
 {letter}
 
@@ -88,7 +89,6 @@ initialisation, a linear fall of the rate. LRMAX / 25, with which the first of t
 LRMIN / 10,000.
 
 After epoch 10, where 90% was reported, the rate is still high, and accuracy goes up and down from epoch to epoch.
-Seconds compare in part alone, as processors of one name were not equally fast.
 
 ## The path: from the plain recipe to the tuned one
 
@@ -432,7 +432,7 @@ def recipe_and_rates(report):
 
 
 def letter_table(reports):
-    """Return the table of the plain recipe and of ours over whole runs, beside what others reported of it.
+    """Return the table of the plain recipe and of ours, a row for all seeds, beside what others reported of it.
 
     Raises ValueError where a report belongs in no row of REPORTED, or a row has none.
     """
@@ -442,13 +442,14 @@ def letter_table(reports):
         raise ValueError(f"a row without a run, or a run without a row: {grouped.keys() ^ REPORTED.keys()}")
     rows = []
     for (recipe, rates), reported in REPORTED.items():
-        for name, report in grouped[recipe, rates].items():
-            config, summary = report["config"], report["summary"]
-            rows.append([recipe, rate(report), f"{config['lr_min']:.3g}", f"[{config['seed']}]({name})",
-                         f"{accuracy(report):.2%}", f"{report['epochs'][9]['test_accuracy']:.2%}",
-                         summary["epochs_to"]["0.90"] or "never", f"{summary['train_seconds']:,.0f}",
-                         ", ".join(filter(None, reported))])
-    return table(["recipe", "LRMAX", "LRMIN", "seed", "accuracy", "after epoch 10", "90% at epoch", "training, s",
+        runs = [report for _, report in in_order_of_seeds(grouped[recipe, rates])]
+        lr_max, lr_min = (", ".join(f"{report['config'][name]:.3g}" for report in runs)
+                          for name in ("lr_max", "lr_min"))
+        tenth = statistics.fmean(report["epochs"][9]["test_accuracy"] for report in runs)
+        at_90 = ", ".join(str(report["summary"]["epochs_to"]["0.90"] or "never") for report in runs)
+        rows.append([recipe, lr_max if rates else f"{lr_max} found", lr_min, f"{mean(runs):.2%}",
+                     of_each_seed(grouped[recipe, rates]), f"{tenth:.2%}", at_90, ", ".join(filter(None, reported))])
+    return table(["recipe", "LRMAX", "LRMIN", "mean", "of each seed", "after epoch 10", "90% at epoch",
                   "reported by others"], rows)
 
 
@@ -512,6 +513,11 @@ def ahead(row, reference, deviation):
     return 100 * distance, 100 * deviation * math.sqrt(1 / len(row) + 1 / len(reference))
 
 
+def ahead_in_words(*of_rows):
+    """Return what `ahead` does, as text."""
+    return "{:+.2f} ± {:.2f}".format(*ahead(*of_rows))
+
+
 def proxy_table(reports):
     """Return the table of what ran on the proxy beside the tuned recipe, compared with it, best first.
 
@@ -525,9 +531,8 @@ def proxy_table(reports):
             tuned[recipe] = row
     reference, deviation, rows = tuned[RAW], pooled_deviation(grouped), []
     for recipe, row in sorted(tuned.items(), key=lambda item: -statistics.fmean(item[1].values())):
-        distance, error = ahead(row, reference, deviation)
         rows.append([recipe, len(row), f"{statistics.fmean(row.values()):.2%}", links(row),
-                     "-" if row is reference else f"{distance:+.2f} ± {error:.2f}"])
+                     "-" if row is reference else ahead_in_words(row, reference, deviation)])
     return table(["recipe", "runs", "mean", "of each seed", "ahead, points"], rows)
 
 
@@ -587,10 +592,9 @@ def ranking_table(grouped, deviation):
     """
     (usual_averages, usual_weights), rows = grouped[""], []
     for change, (averages, weights) in sorted(grouped.items(), key=lambda row: -statistics.fmean(row[1][0].values())):
-        average_ahead, error = ahead(averages, usual_averages, deviation)
         weights_ahead, _ = ahead(weights, usual_weights, deviation)
         rows.append([change or "none", len(averages), f"{statistics.fmean(averages.values()):.2%}", links(averages),
-                     f"{average_ahead:+.2f} ± {error:.2f}" if change else "-",
+                     ahead_in_words(averages, usual_averages, deviation) if change else "-",
                      f"{statistics.fmean(weights.values()):.2%}", f"{weights_ahead:+.2f}" if change else "-"])
     return table(["change", "runs", "average, mean", "of each seed", "ahead, points", "weights themselves, mean",
                   "ahead, points"], rows)
@@ -637,7 +641,7 @@ def path_rows(reports, sweeps, whole):
         if not all(math.isclose(report["config"]["lr_max"], found(sweeps[sweep]), rel_tol=0.01)
                    for report in runs.values()):
             raise ValueError(f"a run of the row {part} is not at the rate that its sweep finds")
-        gain = "{:+.2f} ± {:.2f}".format(*ahead(row, before, deviation)) if before else "-"
+        gain = ahead_in_words(row, before, deviation) if before else "-"
         ends = list(beside.get(parts_of(values), {}).values())
         rows[part] = [part if part == "plain" else f"+ {part}", f"[{found(sweeps[sweep]):.3g}]({sweep})", len(row),
                       f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row), gain,
@@ -833,7 +837,7 @@ def readme():
     deviation = ranking_deviation({**ranking, **without})
     ranking_10 = by_change(short, short["ranking-10-epochs/tuned-seed0.json"])
     deviation_10 = ranking_deviation(ranking_10)
-    without_cutout = ahead(ranking_10["cutout 0"][0], ranking_10[""][0], deviation_10)
+    without_cutout = ahead_in_words(ranking_10["cutout 0"][0], ranking_10[""][0], deviation_10)
     distances = [ahead(row, averages, deviation) for change, (row, _) in ranking.items() if change]
     (stopped_name, stopped), = load("unfinished").items()
     tenth = [report["epochs"][9] for report in proxy.values() if recipe_in_words(report) == RAW + HALF_WIDTH]
@@ -865,7 +869,7 @@ def readme():
         averaged_10=f"{statistics.fmean(row['average_accuracy']['50'] for row in tenth):.2%}",
         raw_10=f"{statistics.fmean(row['test_accuracy'] for row in tenth):.2%}",
         proxy_deviation=f"{100 * pooled_deviation(proxy_accuracies(proxy)):.2f}",
-        ranking_10=ranking_table(ranking_10, deviation_10), cutout_costs="{:.2f} ± {:.2f}".format(*without_cutout),
+        ranking_10=ranking_table(ranking_10, deviation_10), cutout_costs=without_cutout.removeprefix("+"),
         ranking=ranking_table(ranking, deviation), without=ranking_table(without, deviation),
         ranking_deviation=f"{100 * deviation:.2f}",
         ranking_pairs=sum(len(row) > 1 for row, _ in {**ranking, **without}.values()), ranking_changes=len(distances),
