@@ -99,9 +99,9 @@ column has whole runs of the ends: mean, standard deviation and number.
 
 {path}
 
-A gain is of the part and of the rate that the sweep finds with it, and hangs on what is there already: epsilon loses
-where weights do not decay, yet taken from the whole recipe decay and epsilon are the two that cost most (last section).
-A gain of less than twice its error is none that two runs can show.
+A gain is of the part and of the rate that the sweep finds with it, and hangs on what is there already: the scale of the
+logits brings nothing here and epsilon loses, yet taken from the whole recipe each costs more than half a point (last
+section). A gain of less than twice its error is none that two runs can show.
 
 ## Whole runs on held-out images
 
@@ -231,9 +231,9 @@ that a row names is the one that a sweep of the whole recipe without that part f
 
 {without}
 
-Weight decay is worth most, then epsilon, initialisation (in the tables before) and smoothing; alternating flips are
-worth little, reflection hardly more than the error. Part of what epsilon is worth may be the rate: the earlier rule
-found less than half of it without epsilon, and at that whole runs are hardly behind.
+Weight decay is worth most, then epsilon, the scale of the logits, initialisation (in the tables before) and smoothing;
+alternating flips are worth little, reflection hardly more than the error. Part of what epsilon is worth may be the
+rate: the earlier rule found less than half of it without epsilon, and at that whole runs are hardly behind.
 """
 
 
@@ -815,7 +815,8 @@ def quotes():
     at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
                  and report["config"]["precision"] == reference[0]["config"]["precision"]]
     _, without, deviation = changes_to_the_recipe()
-    epsilon_is_worth = ahead_in_words(without[""][0], without["epsilon 1e-08, LRMAX 0.0406"][0], deviation)
+    worth = [ahead_in_words(without[""][0], without[part][0], deviation)
+             for part in ("logit_scale 1.0, LRMAX 0.00742", "epsilon 1e-08, LRMAX 0.0406")]
     return {"accuracies": accuracies_table(), "results": results,
             "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
             "at valley": (f"at {in_words(at_valley)}, of held-out images, "
@@ -827,7 +828,7 @@ def quotes():
             "factor": f"within a factor of {max(factors[:3]):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
             "plain factor": f"one of {factors[3]:.2f} over {seeds[3]}",
-            "epsilon is worth": f"is worth {epsilon_is_worth} points to the whole recipe",
+            "logits and epsilon": f"are worth {worth[0]} and {worth[1]} points to the whole recipe",
             **{part: f"| {part} | {row[6]} |" for part, row in path().items() if part != "plain"}}
 
 
