@@ -1199,7 +1199,7 @@ def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
     assert len(rows) == len(tables.REPORTED)
     plain = [reports[f"letter/plain-seed{seed}.json"] for seed in (0, 1)]
     lr_max = [report["config"]["lr_max"] for report in plain]
-    assert rows[0].startswith("| plain | {:.3g}, {:.3g} found | {:.3g}, {:.3g} | {:.2%} | ".format(
+    assert rows[0].startswith("| plain | {:.3g} found, {:.3g} found | {:.3g}, {:.3g} | {:.2%} | ".format(
         *lr_max, *(lr / 300 for lr in lr_max), tables.mean(plain)))
     assert f"| [{tables.accuracy(plain[0]):.2%}](letter/plain-seed0.json), " in rows[0]
     with pytest.raises(ValueError, match="annihilation 10000"):

@@ -447,11 +447,10 @@ def letter_table(reports):
     rows = []
     for (recipe, rates), reported in REPORTED.items():
         runs = [report for _, report in in_order_of_seeds(grouped[recipe, rates])]
-        lr_max, lr_min = (", ".join(f"{report['config'][name]:.3g}" for report in runs)
-                          for name in ("lr_max", "lr_min"))
+        lr_min = ", ".join(f"{report['config']['lr_min']:.3g}" for report in runs)
         tenth = statistics.fmean(report["epochs"][9]["test_accuracy"] for report in runs)
         at_90 = ", ".join(str(report["summary"]["epochs_to"]["0.90"] or "never") for report in runs)
-        rows.append([recipe, lr_max if rates else f"{lr_max} found", lr_min, f"{mean(runs):.2%}",
+        rows.append([recipe, ", ".join(map(rate, runs)), lr_min, f"{mean(runs):.2%}",
                      of_each_seed(grouped[recipe, rates]), f"{tenth:.2%}", at_90, ", ".join(filter(None, reported))])
     return table(["recipe", "LRMAX", "LRMIN", "mean", "of each seed", "after epoch 10", "90% at epoch",
                   "reported by others"], rows)
