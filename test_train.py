@@ -1187,9 +1187,16 @@ def test_reports_of_one_table_may_not_differ_in_what_it_does_not_show():
 
 def test_a_mean_is_of_one_recipe_and_rule():
     earlier, today = (list(tables.load(study).values()) for study in ("earlier-sweep", "raw-weights"))
-    assert "mean of 3 seeds" in tables.in_words(earlier)
-    with pytest.raises(ValueError, match="several configurations.*earlier rule"):
-        tables.in_words(earlier + today)
+    assert "mean of 3 seeds (standard deviation 0.19%; 94.56%, 94.66%, 94.30%)" in tables.in_words(earlier)
+    assert "mean of 6 seeds (standard deviation 0.17%; 94.30% to 94.66%)" in tables.in_words(2 * earlier)
+    for function in (tables.in_words, tables.several_runs):
+        with pytest.raises(ValueError, match="several configurations.*earlier rule"):
+            function(earlier + today)
+    assert tables.several_runs(earlier) == [
+        "0.0534 to 0.0614", 3, "94.51%", "0.19%", "94.86%", "12 to 13", "23"]
+    for first, words in (([7, 7], "7"), ([9, None, 7], "7 to 9, 1 never"), ([None, None], "never")):
+        reports = [{"summary": {"epochs_to": {"0.90": epoch}}} for epoch in first]
+        assert tables.epochs_to(reports, "0.90") == words
 
 
 def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
@@ -1296,18 +1303,22 @@ def test_the_path_leads_from_the_plain_recipe_to_the_tuned_one():
         del sweeps[part]
     runs = {f"{part} {seed}": report(recipe, seed, 0.8 + 0.01 * row + 0.02 * seed, found)
             for row, (part, recipe) in enumerate(recipes.items()) for seed in (1, 0)}
-    rows = tables.path_rows(runs, sweeps, {"whole": report(recipes["plain"], 0, 0.9, 1.0)})
+    rows = tables.path_rows(runs, tables.found_by_one_of(sweeps))
     assert list(rows) == list(recipes) and len(rows) == 9
     assert rows["plain"] == ["plain", f"[{found:.3g}](plain)", 2, "81.00%", "1.41%",
-                             "[80.00%](plain 0), [82.00%](plain 1)", "-", "90.00% ± - (1)"]
+                             "[80.00%](plain 0), [82.00%](plain 1)", "-"]
     assert rows["average of the weights"] == [
         "+ average of the weights", f"[{found:.3g}](padding)", 2, "89.00%", "1.41%",
-        "[88.00%](average of the weights 0), [90.00%](average of the weights 1)", "+1.00 ± 1.41", ""]
-    other = report(train.Recipe(flips="random"), 0, 0.9, found)
-    for changed, complaint in (({"plain 0": report(recipes["plain"], 0, 0.8, 1.1 * found)}, "row plain is not at"),
-                               ({"another": other}, "runs of no row")):
-        with pytest.raises(ValueError, match=complaint):
-            tables.path_rows({**runs, **changed}, sweeps, {})
+        "[88.00%](average of the weights 0), [90.00%](average of the weights 1)", "+1.00 ± 1.41"]
+    assert tables.path_rows(runs, tables.found_by_each)["flips"][1] == f"{found:.3g}"
+    with pytest.raises(ValueError, match="runs of no row"):
+        tables.path_rows({**runs, "another": report(train.Recipe(flips="random"), 0, 0.9, found)}, tables.found_by_each)
+    for rates_in_words in (tables.found_by_one_of(sweeps), tables.found_by_each):
+        with pytest.raises(ValueError, match="is not at the rate that"):
+            tables.path_rows({**runs, "plain 0": report(recipes["plain"], 0, 0.8, 1.1 * found)}, rates_in_words)
+    given = {**runs["plain 0"], "lr_sweep": None}
+    with pytest.raises(ValueError, match="is not at the rate that its own sweep finds"):
+        tables.path_rows({**runs, "plain 0": given}, tables.found_by_each)
 
 
 def test_many_images_are_evaluated_of_the_runs_that_few_were_of():

@@ -24,7 +24,8 @@ from results import candidates  # noqa: E402
 TEXT = """# Results
 
 Written by `python results/tables.py` from the reports beside it: a folder is a study, a report is one run. Change the
-script or the reports, not this file. All was measured on two cores of a CPU, without a GPU; every run is listed.
+script or the reports, not this file. All was measured on two cores of a CPU but what is said to be of an H100; every
+run is listed.
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
 both. A "recipe" column names what `--recipe` chose, "tuned" being the default, and the constants that a run has other
@@ -56,17 +57,38 @@ one epoch and was read by the earlier rule:
 Accuracy of these three: {earlier_headline}.
 In the last one's run other work shared the cores during nine epochs, so its accuracies count, its seconds do not.
 
+## On one H100
+
+The same script, in bf16 unless a command says otherwise, with PyTorch 2.11. Seed 0 of the default command ran alone:
+{alone[train_seconds]:.1f} s of training, {alone[sweep_seconds]:.1f} s of sweep, in which cuDNN also loads and chooses
+its kernels, {alone[total_seconds]:.1f} s in all. The other runs shared the machine, most of them four at a time: their seconds tell nothing.
+
+{commands}
+
+The default command on the CPU is {cpu_ahead} points from these: it is no matter of the machine.
+
+For tuning, on held-out images as below (24 epochs, `--holdout 5000`), the default recipe at given rates, LRMAX / 300
+being LRMIN, and three changes to it, compared with it at LRMAX 0.06:
+
+{gpu_holdout}
+
+The standard error of a distance between three runs and the four is {gpu_error} points: from half to twice that rate,
+and with each of the changes, accuracy stays within what these runs can tell apart. Of the longer memory a third seed
+was begun and not finished.
+
 ## Short of 95%
 
-The goals are 95.0% in 24 epochs and 94.0% in 10, of one view of each image. What the runs say of why they are not met:
+The goals are 95.0% in 24 epochs and 94.0% in 10, of one view of each image. On the H100 the default
+command is at {gpu_headline};
+with the mirror image at {gpu_mirrored}. What the runs say of why the goals are not met:
 
 - In 24 epochs there is little left to learn from the training images: in the last one the default run is right on
   {right_in_training} of them, each augmented anew. In 10 time is short: it ends right on {right_in_training_10}.
 - What is missing is steadiness rather than knowledge: averaged with its mirror image, a test image is told by the same
-  weights {mirror_gain} points better. Nothing has brought that into one view: of the {ranking_changes} changes
-  in the last section, several of them meant for just this, none is ahead by twice its error.
-- The recipe stands on flat ground: each part taken away costs something there, and rates from half to twice the one
-  found end within seeds of each other (the grid below).
+  weights {mirror_gain} points better. Nothing has brought that into one view: of the {ranking_changes} changes in the
+  last section, several of them meant for just this, and of the three above, none is ahead by twice its error.
+- The recipe stands on flat ground: each part taken away costs something, and rates from half to twice the one
+  found end within seeds of each other (above, and in the grid below).
 - What others changed to get further is fixed here: the network, the three augmentations, the length. The 94.1% in 10
   epochs, with the mirror image, are of a network with CELU in place of ReLU and the whitening in a layer of its own,
   trained without cutout (as its [simplified code](https://github.com/99991/cifar10-fast-simple) has it). On the half
@@ -92,16 +114,20 @@ After epoch 10, where 90% was reported, the rate is still high, and accuracy goe
 
 ## The path: from the plain recipe to the tuned one
 
-One part more a row, each at the LRMAX that a sweep of that recipe finds with seed 0 (at full width, on all images), 24
-epochs on the finer proxy of the last section: half the network, trained on 22,500 images, evaluated on 27,500 others.
-"Gain" is the distance to the row above with its standard error, runs of one row deviating as those of all do. The last
-column has whole runs of the ends: mean, standard deviation and number.
+One part more a row: whole runs on the H100, on all images, each at the rates that its own sweep finds. "Gain" is the
+distance to the row above with its standard error, runs of one row deviating as those of all do. Accuracies are of the
+test images, as the recipe was settled before these runs and nothing was chosen by them.
 
 {path}
 
+The same on the finer proxy of the last section, half the network, trained on 22,500 images and evaluated on 27,500
+others, each at the LRMAX that a sweep of that recipe finds with seed 0 (at full width, on all images):
+
+{half_path}
+
 A gain is of the part and of the rate that the sweep finds with it, and hangs on what is there already: the scale of the
-logits brings nothing here and epsilon loses, yet taken from the whole recipe each costs more than half a point (last
-section). A gain of less than twice its error is none that two runs can show.
+logits brings little here and epsilon loses, yet taken from the whole recipe on half the network each costs more than
+half a point (last section). A gain of less than twice its error is none that so few runs can show.
 
 ## Whole runs on held-out images
 
@@ -253,10 +279,13 @@ REPORTED = {
 }
 
 
-def load(study):
-    """Return the reports of a study by their path from here, in the order of their names; statistics are left out."""
+def load(study, name="*"):
+    """Return the reports of a study by their path from here, in the order of their names; statistics are left out.
+
+    `name` is a pattern of the names of those that are wanted.
+    """
     reports = {path.relative_to(HERE).as_posix(): json.loads(path.read_text())
-               for path in sorted((HERE / study).glob("*.json"))}
+               for path in sorted((HERE / study).glob(f"{name}.json"))}
     return {name: report for name, report in reports.items() if "summary" in report}
 
 
@@ -280,13 +309,15 @@ def spread(reports):
 
 
 def in_words(reports):
-    """Return in words the accuracy of the runs of one configuration, each of them and their mean.
+    """Return in words the accuracy of the runs of one configuration: their mean, and each of them or both extremes.
 
     Raises ValueError where they are of more than one.
     """
     if len(configurations := set(map(what_varies, reports))) > 1:
         raise ValueError(f"one mean of several configurations: {configurations}")
     each = ", ".join(f"{accuracy(report):.2%}" for report in reports)
+    if len(reports) > 5:
+        each = f"{min(map(accuracy, reports)):.2%} to {max(map(accuracy, reports)):.2%}"
     return (f"**{mean(reports):.2%}**, the mean of {len(reports)} seeds (standard deviation {spread(reports)}; {each})"
             if len(reports) > 1 else f"**{each}**, one seed")
 
@@ -296,10 +327,9 @@ def right_in_training(reports):
     return f"{statistics.fmean(report['epochs'][-1]['train_accuracy'] for report in reports.values()):.1%}"
 
 
-def mirror_gain(reports):
-    """Return by how many points the mirror image averaged in is better than one view of each test image."""
-    return 100 * statistics.fmean(report["summary"]["tta_test_accuracy"] - accuracy(report)
-                                  for report in reports.values())
+def mirrored(reports):
+    """Return the mean accuracy of runs with the mirror image averaged in."""
+    return statistics.fmean(report["summary"]["tta_test_accuracy"] for report in reports)
 
 
 def in_order_of_seeds(reports):
@@ -391,7 +421,7 @@ def factor_and_median(lrs):
 
 
 def extremes(lrs):
-    return f"{min(lrs):.3g} to {max(lrs):.3g}"
+    return " to ".join(f"{lr:.3g}" for lr in sorted({min(lrs), max(lrs)}))
 
 
 def at_60():
@@ -427,6 +457,31 @@ def whole_runs(reports):
                      f"{summary['train_seconds']:,.0f}", f"{summary['total_seconds']:,.0f}"])
     return table(["seed", "recipe", "LRMAX", "machine", "accuracy", "with mirror image", "90% / 94% at epoch",
                   "training, s", "whole run, s"], rows)
+
+
+def epochs_to(reports, goal):
+    """Return in words the epochs after which runs were first at the accuracy `goal`, a key of their summaries."""
+    first = [report["summary"]["epochs_to"][goal] for report in reports]
+    reached = [epoch for epoch in first if epoch]
+    never = f", {first.count(None)} never" if None in first else ""
+    return f"{extremes(reached)}{never}" if reached else "never"
+
+
+SEVERAL = ["LRMAX found", "runs", "mean", "standard deviation", "with mirror image", "90% at epoch", "94% at epoch"]
+
+
+def several_runs(reports):
+    """Return the cells below SEVERAL for runs of one configuration. Raises ValueError where they are of more."""
+    in_words(reports)
+    return [extremes([report["config"]["lr_max"] for report in reports]), len(reports), f"{mean(reports):.2%}",
+            spread(reports), f"{mirrored(reports):.2%}", *(epochs_to(reports, goal) for goal in ("0.90", "0.94"))]
+
+
+def commands_table(commands):
+    """Return the table of whole runs by the command that made them, a row for all seeds of one."""
+    return table(["command", *SEVERAL, "of each seed"],
+                 [[f"`{command}`", *several_runs(list(reports.values())), of_each_seed(reports)]
+                  for command, reports in commands.items()])
 
 
 def recipe_and_rates(report):
@@ -465,7 +520,7 @@ def what_varies(report):
 
 
 def short_runs(reports, reference):
-    """Return the table of runs over 8 epochs, a row for all seeds, compared with the mean of `reference`."""
+    """Return the table of runs of one length, a row for all seeds, compared with the mean of `reference`."""
     check_alike([*reports.values(), *reference], "epochs", "batch_size", "subset", "holdout")
     rows = []
     for (recipe, precision, _), group in groups(reports, what_varies).items():
@@ -612,6 +667,10 @@ def ranking_table(grouped, deviation):
                   "ahead, points"], rows)
 
 
+# The commands that ran on the GPU, by the names of their reports.
+COMMANDS = {"python train.py": "default", "python train.py --epochs 10": "ten-epochs",
+            "python train.py --recipe plain": "plain", "python train.py --precision fp16": "fp16"}
+
 # The parts that the tuned recipe adds to the plain one, in the order of the path from this to that: their constants.
 PATH = {"logits": ["logit_scale"], "initialisation": ["whitening_images", "initialisation"],
         "label smoothing": ["label_smoothing"], "Adam's epsilon": ["epsilon"], "weight decay": ["memory_epochs"],
@@ -634,42 +693,68 @@ def parts_of(values, unseen=()):
     return tuple(values[name] for names in PATH.values() for name in names if name not in unseen)
 
 
-def path_rows(reports, sweeps, whole):
-    """Return the rows of the path on the proxy by the part that each adds, beside `whole` runs of the same recipes.
+def path_rows(reports, rates_in_words):
+    """Return the rows of the path by the part that each adds, with what it gains over the row before.
 
-    Raises ValueError where a run is at another rate than the one sweep of its recipe finds, or is of no row, and
-    KeyError where a row has no sweep or no run.
+    `rates_in_words(recipe's values, its reports)` is what the column LRMAX says. Raises ValueError for a run of no row,
+    and KeyError where a row has none.
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
-    found_by = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
-    grouped, beside = (groups(dict(in_order_of_seeds(runs)), lambda report: parts_of(report["config"]["recipe"]))
-                       for runs in (reports, whole))
+    grouped = groups(dict(in_order_of_seeds(reports)), lambda report: parts_of(report["config"]["recipe"]))
     accuracies = {key: {name: accuracy(report) for name, report in row.items()} for key, row in grouped.items()}
     deviation, rows, before = pooled_deviation(accuracies), {}, None
     for part, recipe in path_recipes().items():
         values = train.recipe_values(recipe)
-        sweep = found_by[parts_of(values, UNSEEN_BY_SWEEPS)]
         runs, row = (of_parts.pop(parts_of(values)) for of_parts in (grouped, accuracies))
-        if not all(math.isclose(report["config"]["lr_max"], found(sweeps[sweep]), rel_tol=0.01)
-                   for report in runs.values()):
-            raise ValueError(f"a run of the row {part} is not at the rate that its sweep finds")
-        gain = ahead_in_words(row, before, deviation) if before else "-"
-        ends = list(beside.get(parts_of(values), {}).values())
-        rows[part] = [part if part == "plain" else f"+ {part}", f"[{found(sweeps[sweep]):.3g}]({sweep})", len(row),
-                      f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row), gain,
-                      f"{mean(ends):.2%} ± {spread(ends)} ({len(ends)})" if ends else ""]
+        rows[part] = [part if part == "plain" else f"+ {part}", rates_in_words(values, runs.values()), len(row),
+                      f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row),
+                      ahead_in_words(row, before, deviation) if before else "-"]
         before = row
     if grouped:
         raise ValueError(f"runs of no row: {grouped.keys()}")
     return rows
 
 
+def found_by_each(_, runs):
+    """Return the rates of runs that each took the one its own sweep found. Raises ValueError where one did not."""
+    if not all(report["lr_sweep"] and not by_earlier_rule(report) for report in runs):
+        raise ValueError("a run of the path is not at the rate that its own sweep finds")
+    return extremes([report["config"]["lr_max"] for report in runs])
+
+
+def found_by_one_of(sweeps):
+    """Return a function like `found_by_each` for runs that took the rate of the one among `sweeps` of their recipe.
+
+    It raises ValueError where they did not, and KeyError where there is no such sweep.
+    """
+    by_parts = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
+
+    def in_words(values, runs):
+        name = by_parts[parts_of(values, UNSEEN_BY_SWEEPS)]
+        lr_max = found(sweeps[name])
+        if not all(math.isclose(report["config"]["lr_max"], lr_max, rel_tol=0.01) for report in runs):
+            raise ValueError(f"a run of the path is not at the rate that {name} finds")
+        return f"[{lr_max:.3g}]({name})"
+    return in_words
+
+
 def path():
-    """Return the rows of the path from the reports in results/."""
+    """Return the rows of the path in whole runs on the GPU."""
+    runs = [load("h100", f"{name}-seed*") for name in ("plain", "plus-*", "default")]
+    return path_rows({name: report for study in runs for name, report in study.items()}, found_by_each)
+
+
+def half_path():
+    """Return the rows of the path on half the network."""
     ends = {name: report for name, report in {**load("sweeps"), **load("plain-sweeps")}.items()
             if name.endswith("batch-512-bf16-two-epochs-seed0.json")}
-    plain_found_rates = {name: report for name, report in load("letter").items() if report["lr_sweep"]}
-    return path_rows(load("path"), {**load("part-sweeps"), **ends}, {**load("default"), **plain_found_rates})
+    return path_rows(load("path"), found_by_one_of({**load("part-sweeps"), **ends}))
+
+
+def path_table(rows):
+    """Return the table of `path_rows`."""
+    return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "gain, points"],
+                 rows.values())
 
 
 def sweep_epochs(report):
@@ -779,28 +864,36 @@ def lr_min_fractions(*studies):
 
 def accuracies_table():
     """Return the table of what each command of the recipe to the letter, and the default one, reached."""
-    grouped, rows = groups({**load("default"), **load("letter")}, recipe_and_rates), []
+    def cell(reports):
+        return in_words(list(reports.values())) if reports else "-"
+
+    on_cpu = groups({**load("default"), **load("letter")}, recipe_and_rates)
+    on_gpu = groups({**load("h100", "default-*"), **load("h100", "plain-*")}, recipe_and_rates)
+    rows = []
     for (recipe, rates), reported in sorted(REPORTED.items(), key=lambda item: item[0] != ("tuned", None)):
         name, *changed = recipe.split(", ")
         options = [f"--recipe {name}"] * (name != "tuned") + [f"--set {value.replace(' ', '=')}" for value in changed]
         options += [f"--lr-max {rates[0]:g} --lr-min {rates[1]:g}"] if rates else []
-        rows.append([f"`{' '.join(['python train.py', *options])}`", in_words(grouped[recipe, rates].values()),
-                     ", ".join(filter(None, reported))])
-    ten = list(load("ten-epochs").values())
-    mirrored = statistics.fmean(report["summary"]["tta_test_accuracy"] for report in ten)
-    rows.insert(1, ["`python train.py --epochs 10`", f"{in_words(ten)}; with the mirror image {mirrored:.2%}",
+        rows.append([f"`{' '.join(['python train.py', *options])}`", cell(on_gpu.get((recipe, rates))),
+                     cell(on_cpu[recipe, rates]), ", ".join(filter(None, reported))])
+    ten = load("h100", "ten-epochs-*"), load("ten-epochs")
+    rows.insert(1, ["`python train.py --epochs 10`",
+                    *(f"{cell(reports)}; with the mirror image {mirrored(reports.values()):.2%}" for reports in ten),
                     "94.1% with the mirror image, the mean of 100, with SGD"])
-    return table(["command", "accuracy", "reported by others"], rows)
+    return table(["command", "on an H100", "on two cores of a CPU", "reported by others"], rows)
+
+
+def machines_table():
+    """Return the table of the default command on each machine."""
+    machines = {"NVIDIA H100, bf16": load("h100", "default-*"), "two cores of a Xeon, bf16": load("default")}
+    return table(["machine", *SEVERAL],
+                 [[machine, *several_runs(list(reports.values()))] for machine, reports in machines.items()])
 
 
 def quotes():
     """Return what the README of the project quotes of these reports, by what it is about."""
     default, reference = list(load("default").values()), at_60()
     minutes = [report["summary"]["total_seconds"] / 60 for report in [*default, *load("raw-weights").values()]]
-    rows = [[report["config"]["seed"], rate(report), f"{accuracy(report):.2%}",
-             f"{report['summary']['tta_test_accuracy']:.2%}",
-             *(epoch or "never" for epoch in report["summary"]["epochs_to"].values())] for report in default]
-    results = table(["seed", "LRMAX", "accuracy", "with mirror image", "90% at epoch", "94% at epoch"], rows)
     sweeps, plain = (todays_sweeps(load(study)) for study in ("sweeps", "plain-sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, group)) for group in (*by_size, plain)]
@@ -810,19 +903,28 @@ def quotes():
                for report in default]
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
+    alone, = (report["summary"] for report in load("h100", "default-seed0").values())  # the others ran four at a time
+    fp16, = load("h100", "fp16-*").values()
+    at_90 = {name: epochs_to(load("h100", f"{name}-*").values(), "0.90") for name in ("default", "plus-padding")}
     valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
     at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
                  and report["config"]["precision"] == reference[0]["config"]["precision"]]
     _, without, deviation = changes_to_the_recipe()
     worth = [ahead_in_words(without[""][0], without[part][0], deviation)
              for part in ("logit_scale 1.0, LRMAX 0.00742", "epsilon 1e-08, LRMAX 0.0406")]
-    return {"accuracies": accuracies_table(), "results": results,
+    return {"accuracies": accuracies_table(), "results": machines_table(),
             "valley": f"reads {valley_lr} off the same losses, the median of {seeds[1]} seeds",
             "at valley": (f"at {in_words(at_valley)}, of held-out images, "
                           f"where LRMAX 0.06 ends at {mean(reference):.2%}"),
             "speed": (f"{statistics.median(in_bf16):.0f} images a second, two of one that has neither "
                       f"{statistics.median(in_fp32):.0f}"),
-            "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes",
+            "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes on two cores of a CPU",
+            "seconds": (f"{alone['total_seconds']:.0f} seconds on an H100, "
+                        f"{alone['train_seconds']:.0f} of them training"),
+            "sweep": f"{alone['sweep_seconds']:.0f} of the seconds are the sweep",
+            "average": (f"their average is at 90% after epoch {at_90['default']}, "
+                        f"they themselves after {at_90['plus-padding']}"),
+            "fp16": f"ends there at {accuracy(fp16):.2%}",
             "margin": f"stays within {100 * train.Recipe().sweep_margin:g}% of it",
             "factor": f"within a factor of {max(factors[:3]):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
@@ -844,6 +946,14 @@ def readme():
     check_alike(earlier.values(), "recipe")
     own = [report for report in holdout.values() if recipe_in_words(report) == RAW]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
+    on_gpu = load("h100", "default-*")
+    gpu_holdout = {**load("h100", "holdout-lr-max-*"), **load("h100", "holdout-*")}  # the recipe itself first
+    gpu_reference = list(load("h100", "holdout-lr-max-0.06-*").values())
+    on_both = {machine: {name: accuracy(report) for name, report in runs.items()}
+               for machine, runs in (("cpu", default), ("gpu", on_gpu))}
+    gpu_rows = {key: {name: accuracy(report) for name, report in row.items()}
+                for key, row in groups(gpu_holdout, what_varies).items()}
+    alone, = (report["summary"] for report in load("h100", "default-seed0").values())
     ablations, ten_epochs, part_sweeps = map(load, ("ablations", "ten-epochs", "part-sweeps"))
     proxy, one_change, short = map(load, ("proxy", "ranking", "ranking-10-epochs"))
     as_it_is = one_change["ranking/tuned-seed0.json"]
@@ -863,10 +973,17 @@ def readme():
     return TEXT.format(
         default=whole_runs(default), headline=in_words(default.values()),
         ten_epochs=whole_runs(ten_epochs), ten_headline=in_words(ten_epochs.values()),
-        right_in_training=right_in_training(default), right_in_training_10=right_in_training(ten_epochs),
-        mirror_gain=f"{mirror_gain(default):.2f}",
-        path=table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "gain, points",
-                    "whole runs, test images"], path().values()),
+        right_in_training=right_in_training(on_gpu),
+        right_in_training_10=right_in_training(load("h100", "ten-epochs-*")),
+        gpu_mirrored=f"{mirrored(on_gpu.values()):.2%}",
+        mirror_gain=f"{100 * (mirrored(on_gpu.values()) - mean(on_gpu.values())):.2f}",
+        path=path_table(path()), half_path=path_table(half_path()),
+        commands=commands_table({command: load("h100", f"{name}-seed*") for command, name in COMMANDS.items()}),
+        alone=alone,
+        cpu_ahead=ahead_in_words(on_both["cpu"], on_both["gpu"], pooled_deviation(on_both)),
+        gpu_error=f"{100 * pooled_deviation(gpu_rows) * math.sqrt(1 / 3 + 1 / 4):.2f}",
+        gpu_headline=in_words(list(on_gpu.values())),
+        gpu_holdout=short_runs(gpu_holdout, gpu_reference),
         without_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()
                                  if recipe_name(report) == "tuned"),
         earlier=whole_runs({**raw, **earlier}), earlier_headline=in_words(earlier.values()),
