@@ -946,7 +946,7 @@ def test_figures_that_cannot_be_drawn_cost_one_line(workplace, capsys, monkeypat
 
 
 def test_status_line_fits_its_terminal_and_is_for_terminals_alone(monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr(train, "STATUS_SECONDS", 0)
     run = SimpleNamespace(recipe=Recipe(epochs=3), epoch=1)
     for terminal in (False, True):
@@ -1157,7 +1157,7 @@ def test_the_tables_and_quotes_are_those_of_the_reports():
 
 
 def test_the_readme_shows_what_a_run_prints(capsys):
-    report = tables.load("default")["default/seed0.json"]
+    report = tables.load("h100")["h100/default-seed0.json"]
     assert not tables.by_earlier_rule(report)
     train.print_heading(report)
     train.print_table_head(report)

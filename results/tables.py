@@ -61,7 +61,8 @@ In the last one's run other work shared the cores during nine epochs, so its acc
 
 The same script, in bf16 unless a command says otherwise, with PyTorch 2.11. Seed 0 of the default command ran alone:
 {alone[train_seconds]:.1f} s of training, {alone[sweep_seconds]:.1f} s of sweep, in which cuDNN also loads and chooses
-its kernels, {alone[total_seconds]:.1f} s in all. The other runs shared the machine, most of them four at a time: their seconds tell nothing.
+its kernels, {alone[total_seconds]:.1f} s in all. The other runs shared the machine, most of them four at a time: their
+seconds tell nothing.
 
 {commands}
 
