@@ -1189,14 +1189,55 @@ def test_a_mean_is_of_one_recipe_and_rule():
     earlier, today = (list(tables.load(study).values()) for study in ("earlier-sweep", "raw-weights"))
     assert "mean of 3 seeds (standard deviation 0.19%; 94.56%, 94.66%, 94.30%)" in tables.in_words(earlier)
     assert "mean of 6 seeds (standard deviation 0.17%; 94.30% to 94.66%)" in tables.in_words(2 * earlier)
-    for function in (tables.in_words, tables.several_runs):
-        with pytest.raises(ValueError, match="several configurations.*earlier rule"):
-            function(earlier + today)
-    assert tables.several_runs(earlier) == [
-        "0.0534 to 0.0614", 3, "94.51%", "0.19%", "94.86%", "12 to 13", "23"]
+    assert "mean of 5 seeds (standard deviation 0.15%; 94.56%, 94.66%, 94.30%, 94.56%, 94.66%)" in tables.in_words(
+        earlier + earlier[:2])
+    with pytest.raises(ValueError, match="several configurations.*earlier rule"):
+        tables.in_words(earlier + today)
+
+
+def test_a_row_of_several_runs_is_of_one_command_and_its_own_rates():
+    runs = [tables.load("default")[f"default/seed{seed}.json"] for seed in (0, 1, 2)]
+    assert tables.several_runs(runs) == ["0.0579 to 0.0667", 3, "94.67%", "0.05%", "95.04%", "7", "19 to 20"]
+    for changed, complaint in (({"epochs": 10}, "differ in epochs"), ({"device": "cuda"}, "differ in device"),
+                               ({"precision": "fp16"}, "several configurations"),
+                               ({"lr_max": 0.06}, "several configurations")):
+        other = {**runs[0], "config": {**runs[0]["config"], **changed}}
+        with pytest.raises(ValueError, match=complaint):
+            tables.several_runs([*runs[1:], other])
+    with pytest.raises(ValueError, match="its own sweep"):
+        tables.several_runs([{**runs[0], "lr_sweep": None}])
     for first, words in (([7, 7], "7"), ([9, None, 7], "7 to 9, 1 never"), ([None, None], "never")):
         reports = [{"summary": {"epochs_to": {"0.90": epoch}}} for epoch in first]
         assert tables.epochs_to(reports, "0.90") == words
+
+
+def test_the_reports_of_each_command_on_the_gpu_are_of_that_command():
+    for command, name in tables.COMMANDS.items():
+        config = train.parse_arguments([*command.split()[2:], "--device", "cpu"])
+        reports = tables.load("h100", f"{name}-seed*").values()
+        assert reports
+        for report in reports:
+            assert report["environment"]["device_name"].startswith("NVIDIA H100")
+            assert report["data"]["train_images"] == 50_000 and report["data"]["evaluated_on"] == "test images"
+            assert report["config"]["epochs"] == config.recipe.epochs
+            assert tables.recipe_in_words(report) == config.recipe_name
+            assert report["config"]["precision"] == ("fp16" if "fp16" in command else "bf16")
+
+
+def test_the_table_of_held_out_images_compares_with_the_recipe_at_one_rate():
+    report = tables.load("h100")["h100/holdout-lr-max-0.06-seed0.json"]
+
+    def at(lr_max, value, **constants):
+        config = {**report["config"], "lr_max": lr_max, "recipe": {**report["config"]["recipe"], **constants}}
+        return {**report, "config": config, "summary": {"final_test_accuracy": value}}
+    runs = {"a": at(0.03, 0.91), "b": at(0.06, 0.90), "c": at(0.06, 0.94), "d": at(0.06, 0.97, label_smoothing=0.1)}
+    table, distances = tables.held_out_table(runs)
+    deviation = 100 * math.sqrt(2 * 0.02 ** 2)  # of the one row that has two runs
+    np.testing.assert_allclose(distances, [(-1, deviation * math.sqrt(1.5)), (5, deviation * math.sqrt(1.5))])
+    assert table.splitlines()[2:] == [
+        "| tuned | 0.03 | 1 | 91.00% | - | [91.00%](a) | -1.00 ± 3.46 |",
+        "| tuned | 0.06 | 2 | 92.00% | 2.83% | [90.00%](b), [94.00%](c) | - |",
+        "| tuned, label_smoothing 0.1 | 0.06 | 1 | 97.00% | - | [97.00%](d) | +5.00 ± 3.46 |"]
 
 
 def test_the_table_of_the_recipe_to_the_letter_leaves_out_no_run_and_no_row():
@@ -1311,6 +1352,12 @@ def test_the_path_leads_from_the_plain_recipe_to_the_tuned_one():
         "+ average of the weights", f"[{found:.3g}](padding)", 2, "89.00%", "1.41%",
         "[88.00%](average of the weights 0), [90.00%](average of the weights 1)", "+1.00 ± 1.41"]
     assert tables.path_rows(runs, tables.found_by_each)["flips"][1] == f"{found:.3g}"
+    another = tables.load("h100")["h100/default-seed3.json"]
+    lr_max = another["config"]["lr_max"]
+    assert tables.found_by_each(None, [runs["flips 0"], another]) == f"{found:.3g} to {lr_max:.3g}"
+    more = tables.path_rows({**runs, "plain 2": report(recipes["plain"], 2, 0.81, found)}, tables.found_by_each)
+    pooled = math.sqrt((8 * 2 * 0.01 ** 2 + 2 * 0.01 ** 2) / 10)  # of 8 rows of two runs and of plain with 80, 81, 82%
+    assert more["logits"][6] == f"+1.00 ± {100 * pooled * math.sqrt(1 / 2 + 1 / 3):.2f}"
     with pytest.raises(ValueError, match="runs of no row"):
         tables.path_rows({**runs, "another": report(train.Recipe(flips="random"), 0, 0.9, found)}, tables.found_by_each)
     for rates_in_words in (tables.found_by_one_of(sweeps), tables.found_by_each):

@@ -2,7 +2,8 @@
 
     python results/tables.py
 
-A folder is a study, a report in it is one run, as `train.py --output` writes it. A test says that README.md is what
+A folder is a study (h100 has several, by the beginnings of their reports' names), a report in it is one run, as
+`train.py --output` writes it. A test says that README.md is what
 this script makes of the reports.
 """
 
@@ -23,9 +24,9 @@ from results import candidates  # noqa: E402
 
 TEXT = """# Results
 
-Written by `python results/tables.py` from the reports beside it: a folder is a study, a report is one run. Change the
-script or the reports, not this file. All was measured on two cores of a CPU but what is said to be of an H100; every
-run is listed.
+Written by `python results/tables.py` from the reports beside it: a folder is a study, a report is one run; h100 has the
+studies of one machine, by the beginnings of their names. Change the script or the reports, not this file. All was
+measured on two cores of a CPU but what is said to be of an H100; every finished run is listed.
 Accuracies are those of the last epoch, one view of each image unless a column says "mirror image", which averages an
 image with its mirror image. Seconds of training are without the sweep and the evaluations; those of the whole run have
 both. A "recipe" column names what `--recipe` chose, "tuned" being the default, and the constants that a run has other
@@ -34,7 +35,7 @@ none at which 25% of it was lost again; for LRMIN, the first by which 10% of it 
 letter/plain-seed0 ran, today's rule had a margin of 2.5%; {margin:g}% finds the same rates for both, so they count
 as its own.
 
-## The default command
+## The default command, on two cores of a CPU
 
 `python train.py --epochs 24 --batch-size 512`, on all 50,000 training and all 10,000 test images:
 
@@ -60,36 +61,39 @@ In the last one's run other work shared the cores during nine epochs, so its acc
 ## On one H100
 
 The same script, in bf16 unless a command says otherwise, with PyTorch 2.11. Seed 0 of the default command ran alone:
-{alone[train_seconds]:.1f} s of training, {alone[sweep_seconds]:.1f} s of sweep, in which cuDNN also loads and chooses
-its kernels, {alone[total_seconds]:.1f} s in all. The other runs shared the machine, most of them four at a time: their
+{alone[train_seconds]:.1f} s of training, {alone[sweep_seconds]:.1f} s of sweep, most of that the start of CUDA
+and cuDNN, {alone[total_seconds]:.1f} s in all. The other runs shared the machine, most of them four at a time: their
 seconds tell nothing.
 
 {commands}
 
-The default command on the CPU is {cpu_ahead} points from these: it is no matter of the machine.
+The mean of the default command on the CPU is {cpu_ahead} points from the one here: no difference that so few runs can
+show, of the machines or of their versions of PyTorch.
 
-For tuning, on held-out images as below (24 epochs, `--holdout 5000`), the default recipe at given rates, LRMAX / 300
-being LRMIN, and three changes to it, compared with it at LRMAX 0.06:
+For tuning, on held-out images as below (24 epochs, `--holdout 5000`): the default recipe at given rates, LRMIN being
+LRMAX / 300, and three changes to it. "Ahead" is the distance in points to the recipe at LRMAX 0.06, with its standard
+error, runs of one row deviating as those of all do:
 
 {gpu_holdout}
 
-The standard error of a distance between three runs and the four is {gpu_error} points: from half to twice that rate,
-and with each of the changes, accuracy stays within what these runs can tell apart. Of the longer memory a third seed
-was begun and not finished.
+From 0.03 to 0.12 the rate makes no difference that these runs can show, nor does any of the changes. The sweeps of the
+default command found {gpu_found}. Of the longer memory a third seed was begun and not finished.
 
 ## Short of 95%
 
-The goals are 95.0% in 24 epochs and 94.0% in 10, of one view of each image. On the H100 the default
-command is at {gpu_headline};
-with the mirror image at {gpu_mirrored}. What the runs say of why the goals are not met:
+The goals are 95.0% in 24 epochs and 94.0% in 10, of one view of each image. On the H100 24 epochs end at
+{gpu_headline}, and 10 at
+{gpu_headline_10}. What the runs say of why
+the goals are not met:
 
 - In 24 epochs there is little left to learn from the training images: in the last one the default run is right on
   {right_in_training} of them, each augmented anew. In 10 time is short: it ends right on {right_in_training_10}.
-- What is missing is steadiness rather than knowledge: averaged with its mirror image, a test image is told by the same
-  weights {mirror_gain} points better. Nothing has brought that into one view: of the {ranking_changes} changes in the
-  last section, several of them meant for just this, and of the three above, none is ahead by twice its error.
-- The recipe stands on flat ground: each part taken away costs something, and rates from half to twice the one
-  found end within seeds of each other (above, and in the grid below).
+- In 24 epochs, averaging each test image with its mirror image adds {mirror_gain} points, about what is missing; in
+  10 it adds {mirror_gain_10}, far less than that. Nothing has brought it into one view: of the {ranking_changes}
+  changes in the last section, several of them meant for just this, {ranking_better} is ahead by twice its error, and
+  of those above {gpu_better}.
+- The recipe stands on flat ground: parts taken away cost something, or no more than the error (last section), and
+  rates twice and half as high cost no more than that either (above).
 - What others changed to get further is fixed here: the network, the three augmentations, the length. The 94.1% in 10
   epochs, with the mirror image, are of a network with CELU in place of ReLU and the whitening in a layer of its own,
   trained without cutout (as its [simplified code](https://github.com/99991/cifar10-fast-simple) has it). On the half
@@ -97,9 +101,10 @@ with the mirror image at {gpu_mirrored}. What the runs say of why the goals are 
 
 ## To the letter: the recipe as it was handed out, beside ours
 
-`python train.py --recipe plain`, on all images, at the rates that people who followed the recipe by hand took, and at
-those that the sweep finds; below it the default command again. A row has all seeds, the columns LRMAX, LRMIN, "of each
-seed" and "90% at epoch" in one order, "mean" and "after epoch 10" their means; the last column is what others reported.
+`python train.py --recipe plain` on two cores of a CPU, on all images, at the rates that people who followed the recipe
+by hand took, and at those that the sweep finds; below it the default command again. A row has all seeds, the columns
+LRMAX, LRMIN, "of each seed" and "90% at epoch" in one order, "mean" and "after epoch 10" their means; the last column
+is what others reported.
 
 {letter}
 
@@ -116,8 +121,8 @@ After epoch 10, where 90% was reported, the rate is still high, and accuracy goe
 ## The path: from the plain recipe to the tuned one
 
 One part more a row: whole runs on the H100, on all images, each at the rates that its own sweep finds. "Gain" is the
-distance to the row above with its standard error, runs of one row deviating as those of all do. Accuracies are of the
-test images, as the recipe was settled before these runs and nothing was chosen by them.
+distance to the row above with its standard error, which takes the runs of every row to deviate alike. Accuracies are of
+the test images, as the recipe was settled before these runs and nothing was chosen by them.
 
 {path}
 
@@ -309,13 +314,18 @@ def spread(reports):
     return f"{statistics.stdev(map(accuracy, reports)):.2%}" if len(reports) > 1 else "-"
 
 
+def check_one_configuration(reports):
+    """Raise ValueError where runs are of more than one recipe, precision or rule for the rates."""
+    if len(configurations := set(map(what_varies, reports))) > 1:
+        raise ValueError(f"one mean of several configurations: {configurations}")
+
+
 def in_words(reports):
     """Return in words the accuracy of the runs of one configuration: their mean, and each of them or both extremes.
 
     Raises ValueError where they are of more than one.
     """
-    if len(configurations := set(map(what_varies, reports))) > 1:
-        raise ValueError(f"one mean of several configurations: {configurations}")
+    check_one_configuration(reports)
     each = ", ".join(f"{accuracy(report):.2%}" for report in reports)
     if len(reports) > 5:
         each = f"{min(map(accuracy, reports)):.2%} to {max(map(accuracy, reports)):.2%}"
@@ -331,6 +341,11 @@ def right_in_training(reports):
 def mirrored(reports):
     """Return the mean accuracy of runs with the mirror image averaged in."""
     return statistics.fmean(report["summary"]["tta_test_accuracy"] for report in reports)
+
+
+def mirror_gain(reports):
+    """Return by how many points that is more than one view of each image, as text."""
+    return f"{100 * (mirrored(reports) - mean(reports)):.2f}"
 
 
 def in_order_of_seeds(reports):
@@ -421,8 +436,9 @@ def factor_and_median(lrs):
     return f"{factor(lrs):.2f} ({statistics.median(lrs):.2g})"
 
 
-def extremes(lrs):
-    return " to ".join(f"{lr:.3g}" for lr in sorted({min(lrs), max(lrs)}))
+def extremes(values):
+    """Return the least and the greatest as text, or the one that all are."""
+    return " to ".join(f"{value:.3g}" for value in sorted({min(values), max(values)}))
 
 
 def at_60():
@@ -438,6 +454,11 @@ def groups(reports, key):
     return grouped
 
 
+def accuracies_by_row(grouped):
+    """Return the accuracies of groups of reports, by the same keys and names."""
+    return {key: {name: accuracy(report) for name, report in row.items()} for key, row in grouped.items()}
+
+
 def check_alike(reports, *settings):
     """Raise ValueError where runs that are to share a table differ in a setting that it does not show."""
     for setting in settings:
@@ -446,7 +467,7 @@ def check_alike(reports, *settings):
 
 
 def whole_runs(reports):
-    """Return the table of runs over 24 epochs, a row each."""
+    """Return the table of whole runs, a row each."""
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout")
     rows = []
     for name, report in reports.items():
@@ -468,20 +489,25 @@ def epochs_to(reports, goal):
     return f"{extremes(reached)}{never}" if reached else "never"
 
 
-SEVERAL = ["LRMAX found", "runs", "mean", "standard deviation", "with mirror image", "90% at epoch", "94% at epoch"]
+SEVERAL_HEADINGS = ["LRMAX found", "runs", "mean", "standard deviation", "with mirror image", "90% at epoch",
+                    "94% at epoch"]
 
 
 def several_runs(reports):
-    """Return the cells below SEVERAL for runs of one configuration. Raises ValueError where they are of more."""
-    in_words(reports)
-    return [extremes([report["config"]["lr_max"] for report in reports]), len(reports), f"{mean(reports):.2%}",
+    """Return the cells below SEVERAL_HEADINGS for runs of one command, each at the rates that its own sweep found.
+
+    Raises ValueError where they are of more than one, or took other rates.
+    """
+    check_alike(reports, "epochs", "batch_size", "subset", "holdout", "device")
+    check_one_configuration(reports)
+    return [found_by_each(None, reports), len(reports), f"{mean(reports):.2%}",
             spread(reports), f"{mirrored(reports):.2%}", *(epochs_to(reports, goal) for goal in ("0.90", "0.94"))]
 
 
 def commands_table(commands):
     """Return the table of whole runs by the command that made them, a row for all seeds of one."""
-    return table(["command", *SEVERAL, "of each seed"],
-                 [[f"`{command}`", *several_runs(list(reports.values())), of_each_seed(reports)]
+    return table(["command", *SEVERAL_HEADINGS, "of each seed"],
+                 [[f"`{command}`", *several_runs(reports.values()), of_each_seed(reports)]
                   for command, reports in commands.items()])
 
 
@@ -531,6 +557,21 @@ def short_runs(reports, reference):
                      f"{100 * (mean(reference) - mean(runs)):.2f}"])
     return table(["recipe", "LRMAX", "precision", "runs", "mean", "standard deviation", "of each seed",
                   "behind, points"], rows)
+
+
+def held_out_table(reports):
+    """Return the table of runs on held-out images compared with the recipe at LRMAX 0.06, and the distances to that."""
+    check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
+    grouped = groups(reports, what_varies)
+    accuracies, rows, distances = accuracies_by_row(grouped), [], []
+    reference, deviation = accuracies["tuned", "bf16", 0.06], pooled_deviation(accuracies)
+    for (recipe, _, lr_max), row in accuracies.items():
+        rows.append([recipe, f"{lr_max:g}", len(row), f"{statistics.fmean(row.values()):.2%}",
+                     spread(grouped[recipe, "bf16", lr_max].values()), links(row),
+                     "-" if row is reference else ahead_in_words(row, reference, deviation)])
+        distances += [ahead(row, reference, deviation)] * (row is not reference)
+    return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "ahead, points"],
+                 rows), distances
 
 
 HALF_WIDTH = ", half_width True"
@@ -668,7 +709,7 @@ def ranking_table(grouped, deviation):
                   "ahead, points"], rows)
 
 
-# The commands that ran on the GPU, by the names of their reports.
+# The commands that ran on the GPU, and the names of their reports.
 COMMANDS = {"python train.py": "default", "python train.py --epochs 10": "ten-epochs",
             "python train.py --recipe plain": "plain", "python train.py --precision fp16": "fp16"}
 
@@ -702,7 +743,7 @@ def path_rows(reports, rates_in_words):
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
     grouped = groups(dict(in_order_of_seeds(reports)), lambda report: parts_of(report["config"]["recipe"]))
-    accuracies = {key: {name: accuracy(report) for name, report in row.items()} for key, row in grouped.items()}
+    accuracies = accuracies_by_row(grouped)
     deviation, rows, before = pooled_deviation(accuracies), {}, None
     for part, recipe in path_recipes().items():
         values = train.recipe_values(recipe)
@@ -717,9 +758,10 @@ def path_rows(reports, rates_in_words):
 
 
 def found_by_each(_, runs):
-    """Return the rates of runs that each took the one its own sweep found. Raises ValueError where one did not."""
+    """Return as text the LRMAX of runs that each took the one its own sweep found. Raises ValueError where one did not.
+    """
     if not all(report["lr_sweep"] and not by_earlier_rule(report) for report in runs):
-        raise ValueError("a run of the path is not at the rate that its own sweep finds")
+        raise ValueError("a run is not at the rate that its own sweep finds")
     return extremes([report["config"]["lr_max"] for report in runs])
 
 
@@ -730,13 +772,13 @@ def found_by_one_of(sweeps):
     """
     by_parts = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
 
-    def in_words(values, runs):
+    def rate_in_words(values, runs):
         name = by_parts[parts_of(values, UNSEEN_BY_SWEEPS)]
         lr_max = found(sweeps[name])
         if not all(math.isclose(report["config"]["lr_max"], lr_max, rel_tol=0.01) for report in runs):
-            raise ValueError(f"a run of the path is not at the rate that {name} finds")
+            raise ValueError(f"a run is not at the rate that {name} finds")
         return f"[{lr_max:.3g}]({name})"
-    return in_words
+    return rate_in_words
 
 
 def path():
@@ -864,9 +906,9 @@ def lr_min_fractions(*studies):
 
 
 def accuracies_table():
-    """Return the table of what each command of the recipe to the letter, and the default one, reached."""
+    """Return the table of what each command reached on each machine, beside what others reported."""
     def cell(reports):
-        return in_words(list(reports.values())) if reports else "-"
+        return in_words(reports.values()) if reports else "-"
 
     on_cpu = groups({**load("default"), **load("letter")}, recipe_and_rates)
     on_gpu = groups({**load("h100", "default-*"), **load("h100", "plain-*")}, recipe_and_rates)
@@ -886,15 +928,18 @@ def accuracies_table():
 
 def machines_table():
     """Return the table of the default command on each machine."""
-    machines = {"NVIDIA H100, bf16": load("h100", "default-*"), "two cores of a Xeon, bf16": load("default")}
-    return table(["machine", *SEVERAL],
-                 [[machine, *several_runs(list(reports.values()))] for machine, reports in machines.items()])
+    rows = []
+    for cores, reports in (("", load("h100", "default-*")), ("two cores of ", load("default"))):
+        environment, = {(report["environment"]["device_name"], report["config"]["precision"])
+                        for report in reports.values()}
+        rows.append([cores + ", ".join(environment), *several_runs(reports.values())])
+    return table(["machine", *SEVERAL_HEADINGS], rows)
 
 
 def quotes():
     """Return what the README of the project quotes of these reports, by what it is about."""
     default, reference = list(load("default").values()), at_60()
-    minutes = [report["summary"]["total_seconds"] / 60 for report in [*default, *load("raw-weights").values()]]
+    minutes = [report["summary"]["total_seconds"] / 60 for report in default]
     sweeps, plain = (todays_sweeps(load(study)) for study in ("sweeps", "plain-sweeps"))
     by_size = [[report for report in sweeps if report["config"]["batch_size"] == size] for size in (128, 512, 1024)]
     rates = [list(map(found, group)) for group in (*by_size, plain)]
@@ -904,8 +949,10 @@ def quotes():
                for report in default]
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
-    alone, = (report["summary"] for report in load("h100", "default-seed0").values())  # the others ran four at a time
+    alone, = (report["summary"] for report in load("h100", "default-seed0").values())
     fp16, = load("h100", "fp16-*").values()
+    alike = [report["config"]["lr_max"] for name in ("default", "ten-epochs", "plus-padding")  # to a sweep
+             for report in load("h100", f"{name}-seed0").values()]
     at_90 = {name: epochs_to(load("h100", f"{name}-*").values(), "0.90") for name in ("default", "plus-padding")}
     valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
     at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
@@ -922,15 +969,16 @@ def quotes():
             "minutes": f"{min(minutes):.0f} to {max(minutes):.0f} minutes on two cores of a CPU",
             "seconds": (f"{alone['total_seconds']:.0f} seconds on an H100, "
                         f"{alone['train_seconds']:.0f} of them training"),
-            "sweep": f"{alone['sweep_seconds']:.0f} of the seconds are the sweep",
+            "sweep": f"takes {alone['sweep_seconds']:.0f} of the {alone['total_seconds']:.0f} seconds",
             "average": (f"their average is at 90% after epoch {at_90['default']}, "
                         f"they themselves after {at_90['plus-padding']}"),
-            "fp16": f"ends there at {accuracy(fp16):.2%}",
+            "alike": f"sweeps of seed 0 on the H100 found LRMAX {extremes(alike)}",
+            "fp16": f"{accuracy(fp16):.2%} there",
             "margin": f"stays within {100 * train.Recipe().sweep_margin:g}% of it",
             "factor": f"within a factor of {max(factors[:3]):.2f}",
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
             "plain factor": f"one of {factors[3]:.2f} over {seeds[3]}",
-            "logits and epsilon": f"are worth {worth[0]} and {worth[1]} points to the whole recipe",
+            "logits and epsilon": f"are worth {worth[0]} and {worth[1]} points to the whole recipe there",
             **{part: f"| {part} | {row[6]} |" for part, row in path().items() if part != "plain"}}
 
 
@@ -947,13 +995,9 @@ def readme():
     check_alike(earlier.values(), "recipe")
     own = [report for report in holdout.values() if recipe_in_words(report) == RAW]
     other = [report for report in holdout.values() if "epsilon" in recipe_in_words(report)]
-    on_gpu = load("h100", "default-*")
-    gpu_holdout = {**load("h100", "holdout-lr-max-*"), **load("h100", "holdout-*")}  # the recipe itself first
-    gpu_reference = list(load("h100", "holdout-lr-max-0.06-*").values())
-    on_both = {machine: {name: accuracy(report) for name, report in runs.items()}
-               for machine, runs in (("cpu", default), ("gpu", on_gpu))}
-    gpu_rows = {key: {name: accuracy(report) for name, report in row.items()}
-                for key, row in groups(gpu_holdout, what_varies).items()}
+    on_gpu, on_gpu_10 = load("h100", "default-*"), load("h100", "ten-epochs-*")
+    gpu_holdout, gpu_distances = held_out_table({**load("h100", "holdout-lr-max-*"), **load("h100", "holdout-*")})
+    on_both = accuracies_by_row({"cpu": default, "gpu": on_gpu})
     alone, = (report["summary"] for report in load("h100", "default-seed0").values())
     ablations, ten_epochs, part_sweeps = map(load, ("ablations", "ten-epochs", "part-sweeps"))
     proxy, one_change, short = map(load, ("proxy", "ranking", "ranking-10-epochs"))
@@ -975,16 +1019,15 @@ def readme():
         default=whole_runs(default), headline=in_words(default.values()),
         ten_epochs=whole_runs(ten_epochs), ten_headline=in_words(ten_epochs.values()),
         right_in_training=right_in_training(on_gpu),
-        right_in_training_10=right_in_training(load("h100", "ten-epochs-*")),
-        gpu_mirrored=f"{mirrored(on_gpu.values()):.2%}",
-        mirror_gain=f"{100 * (mirrored(on_gpu.values()) - mean(on_gpu.values())):.2f}",
+        right_in_training_10=right_in_training(on_gpu_10),
+        mirror_gain=mirror_gain(on_gpu.values()), mirror_gain_10=mirror_gain(on_gpu_10.values()),
         path=path_table(path()), half_path=path_table(half_path()),
         commands=commands_table({command: load("h100", f"{name}-seed*") for command, name in COMMANDS.items()}),
         alone=alone,
         cpu_ahead=ahead_in_words(on_both["cpu"], on_both["gpu"], pooled_deviation(on_both)),
-        gpu_error=f"{100 * pooled_deviation(gpu_rows) * math.sqrt(1 / 3 + 1 / 4):.2f}",
-        gpu_headline=in_words(list(on_gpu.values())),
-        gpu_holdout=short_runs(gpu_holdout, gpu_reference),
+        gpu_headline=in_words(on_gpu.values()), gpu_headline_10=in_words(on_gpu_10.values()),
+        gpu_found=extremes([report["config"]["lr_max"] for report in on_gpu.values()]),
+        gpu_holdout=gpu_holdout, gpu_better=sum(distance >= 2 * error for distance, error in gpu_distances) or "none",
         without_sweeps=", ".join(f"[{found(report):.3g}]({name})" for name, report in part_sweeps.items()
                                  if recipe_name(report) == "tuned"),
         earlier=whole_runs({**raw, **earlier}), earlier_headline=in_words(earlier.values()),
