@@ -1233,6 +1233,7 @@ def test_the_table_of_held_out_images_compares_with_the_recipe_at_one_rate():
     runs = {"a": at(0.03, 0.91), "b": at(0.06, 0.90), "c": at(0.06, 0.94), "d": at(0.06, 0.97, label_smoothing=0.1)}
     table, distances = tables.held_out_table(runs)
     deviation = 100 * math.sqrt(2 * 0.02 ** 2)  # of the one row that has two runs
+    assert tables.ahead_in_words({"a": 0.9}, {"b": 0.90001}, 0.01) == "+0.00 ± 1.41"
     np.testing.assert_allclose(distances, [(-1, deviation * math.sqrt(1.5)), (5, deviation * math.sqrt(1.5))])
     assert table.splitlines()[2:] == [
         "| tuned | 0.03 | 1 | 91.00% | - | [91.00%](a) | -1.00 ± 3.46 |",

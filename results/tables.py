@@ -615,7 +615,8 @@ def ahead(row, reference, deviation):
 
 def ahead_in_words(*of_rows):
     """Return what `ahead` does, as text."""
-    return "{:+.2f} ± {:.2f}".format(*ahead(*of_rows))
+    distance, error = ahead(*of_rows)
+    return f"{round(distance, 2) + 0:+.2f} ± {error:.2f}"  # + 0 makes 0.00 of -0.00
 
 
 def proxy_table(reports):
