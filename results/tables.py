@@ -930,7 +930,7 @@ def accuracies_table():
 def machines_table():
     """Return the table of the default command on each machine."""
     rows = []
-    for cores, reports in (("", load("h100", "default-*")), ("two cores of ", load("default"))):
+    for cores, reports in (("", load("h100", "default-*")), ("two cores of an ", load("default"))):
         environment, = {(report["environment"]["device_name"], report["config"]["precision"])
                         for report in reports.values()}
         rows.append([cores + ", ".join(environment), *several_runs(reports.values())])
