@@ -1197,15 +1197,16 @@ def test_a_mean_is_of_one_recipe_and_rule():
 
 def test_a_row_of_several_runs_is_of_one_command_and_its_own_rates():
     runs = [tables.load("default")[f"default/seed{seed}.json"] for seed in (0, 1, 2)]
-    assert tables.several_runs(runs) == ["0.0579 to 0.0667", 3, "94.67%", "0.05%", "95.04%", "7", "19 to 20"]
+    assert tables.several_runs("row", runs) == [
+        "row", "0.0579 to 0.0667", 3, "94.67%", "0.05%", "95.04%", "7", "19 to 20"]
     for changed, complaint in (({"epochs": 10}, "differ in epochs"), ({"device": "cuda"}, "differ in device"),
                                ({"precision": "fp16"}, "several configurations"),
                                ({"lr_max": 0.06}, "several configurations")):
         other = {**runs[0], "config": {**runs[0]["config"], **changed}}
         with pytest.raises(ValueError, match=complaint):
-            tables.several_runs([*runs[1:], other])
-    with pytest.raises(ValueError, match="its own sweep"):
-        tables.several_runs([{**runs[0], "lr_sweep": None}])
+            tables.several_runs("row", [*runs[1:], other])
+    with pytest.raises(ValueError, match="row is not at the rate that its own sweep"):
+        tables.several_runs("row", [{**runs[0], "lr_sweep": None}])
     for first, words in (([7, 7], "7"), ([9, None, 7], "7 to 9, 1 never"), ([None, None], "never")):
         reports = [{"summary": {"epochs_to": {"0.90": epoch}}} for epoch in first]
         assert tables.epochs_to(reports, "0.90") == words
@@ -1355,17 +1356,17 @@ def test_the_path_leads_from_the_plain_recipe_to_the_tuned_one():
     assert tables.path_rows(runs, tables.found_by_each)["flips"][1] == f"{found:.3g}"
     another = tables.load("h100")["h100/default-seed3.json"]
     lr_max = another["config"]["lr_max"]
-    assert tables.found_by_each(None, [runs["flips 0"], another]) == f"{found:.3g} to {lr_max:.3g}"
+    assert tables.found_by_each("flips", [runs["flips 0"], another]) == f"{found:.3g} to {lr_max:.3g}"
     more = tables.path_rows({**runs, "plain 2": report(recipes["plain"], 2, 0.81, found)}, tables.found_by_each)
     pooled = math.sqrt((8 * 2 * 0.01 ** 2 + 2 * 0.01 ** 2) / 10)  # of 8 rows of two runs and of plain with 80, 81, 82%
     assert more["logits"][6] == f"+1.00 ± {100 * pooled * math.sqrt(1 / 2 + 1 / 3):.2f}"
     with pytest.raises(ValueError, match="runs of no row"):
         tables.path_rows({**runs, "another": report(train.Recipe(flips="random"), 0, 0.9, found)}, tables.found_by_each)
     for rates_in_words in (tables.found_by_one_of(sweeps), tables.found_by_each):
-        with pytest.raises(ValueError, match="is not at the rate that"):
+        with pytest.raises(ValueError, match="row plain is not at the rate that"):
             tables.path_rows({**runs, "plain 0": report(recipes["plain"], 0, 0.8, 1.1 * found)}, rates_in_words)
     given = {**runs["plain 0"], "lr_sweep": None}
-    with pytest.raises(ValueError, match="is not at the rate that its own sweep finds"):
+    with pytest.raises(ValueError, match="row plain is not at the rate that its own sweep finds"):
         tables.path_rows({**runs, "plain 0": given}, tables.found_by_each)
 
 

@@ -493,21 +493,21 @@ SEVERAL_HEADINGS = ["LRMAX found", "runs", "mean", "standard deviation", "with m
                     "94% at epoch"]
 
 
-def several_runs(reports):
-    """Return the cells below SEVERAL_HEADINGS for runs of one command, each at the rates that its own sweep found.
+def several_runs(label, reports):
+    """Return the row of runs of one command, each at the rates that its own sweep found: `label`, SEVERAL_HEADINGS.
 
     Raises ValueError where they are of more than one, or took other rates.
     """
     check_alike(reports, "epochs", "batch_size", "subset", "holdout", "device")
     check_one_configuration(reports)
-    return [found_by_each(None, reports), len(reports), f"{mean(reports):.2%}",
-            spread(reports), f"{mirrored(reports):.2%}", *(epochs_to(reports, goal) for goal in ("0.90", "0.94"))]
+    return [label, found_by_each(label, reports), len(reports), f"{mean(reports):.2%}", spread(reports),
+            f"{mirrored(reports):.2%}", *(epochs_to(reports, goal) for goal in ("0.90", "0.94"))]
 
 
 def commands_table(commands):
     """Return the table of whole runs by the command that made them, a row for all seeds of one."""
     return table(["command", *SEVERAL_HEADINGS, "of each seed"],
-                 [[f"`{command}`", *several_runs(reports.values()), of_each_seed(reports)]
+                 [[*several_runs(f"`{command}`", reports.values()), of_each_seed(reports)]
                   for command, reports in commands.items()])
 
 
@@ -563,13 +563,13 @@ def held_out_table(reports):
     """Return the table of runs on held-out images compared with the recipe at LRMAX 0.06, and the distances to that."""
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
     grouped = groups(reports, what_varies)
-    accuracies, rows, distances = accuracies_by_row(grouped), [], []
-    reference, deviation = accuracies["tuned", "bf16", 0.06], pooled_deviation(accuracies)
-    for (recipe, _, lr_max), row in accuracies.items():
-        rows.append([recipe, f"{lr_max:g}", len(row), f"{statistics.fmean(row.values()):.2%}",
-                     spread(grouped[recipe, "bf16", lr_max].values()), links(row),
-                     "-" if row is reference else ahead_in_words(row, reference, deviation)])
-        distances += [ahead(row, reference, deviation)] * (row is not reference)
+    accuracies, usual, rows, distances = accuracies_by_row(grouped), ("tuned", "bf16", 0.06), [], []
+    deviation = pooled_deviation(accuracies)
+    for what, runs in grouped.items():
+        reference = accuracies[usual] if what != usual else None
+        recipe, _, lr_max = what
+        rows.append([recipe, f"{lr_max:g}", *compared_cells(runs, reference, deviation)])
+        distances += [ahead(accuracies[what], reference, deviation)] if reference else []
     return table(["recipe", "LRMAX", "runs", "mean", "standard deviation", "of each seed", "ahead, points"],
                  rows), distances
 
@@ -617,6 +617,13 @@ def ahead_in_words(*of_rows):
     """Return what `ahead` does, as text."""
     distance, error = ahead(*of_rows)
     return f"{round(distance, 2) + 0:+.2f} ± {error:.2f}"  # + 0 makes 0.00 of -0.00
+
+
+def compared_cells(runs, reference, deviation):
+    """Return the cells of runs: how many, mean, spread, accuracies, and `ahead` of `reference` where there is one."""
+    row = {name: accuracy(report) for name, report in runs.items()}
+    return [len(runs), f"{mean(runs.values()):.2%}", spread(runs.values()), links(row),
+            ahead_in_words(row, reference, deviation) if reference else "-"]
 
 
 def proxy_table(reports):
@@ -710,6 +717,11 @@ def ranking_table(grouped, deviation):
                   "ahead, points"], rows)
 
 
+def alone_on_gpu():
+    """Return the summary of the run that had the GPU to itself: its seconds are the only ones there that tell."""
+    return load("h100", "default-seed0")["h100/default-seed0.json"]["summary"]
+
+
 # The commands that ran on the GPU, and the names of their reports.
 COMMANDS = {"python train.py": "default", "python train.py --epochs 10": "ten-epochs",
             "python train.py --recipe plain": "plain", "python train.py --precision fp16": "fp16"}
@@ -739,46 +751,48 @@ def parts_of(values, unseen=()):
 def path_rows(reports, rates_in_words):
     """Return the rows of the path by the part that each adds, with what it gains over the row before.
 
-    `rates_in_words(recipe's values, its reports)` is what the column LRMAX says. Raises ValueError for a run of no row,
-    and KeyError where a row has none.
+    `rates_in_words(part, its reports)` is what the column LRMAX says. Raises ValueError for a run of no row, and
+    KeyError where a row has none.
     """
     check_alike(reports.values(), "epochs", "batch_size", "subset", "holdout", "precision")
     grouped = groups(dict(in_order_of_seeds(reports)), lambda report: parts_of(report["config"]["recipe"]))
     accuracies = accuracies_by_row(grouped)
     deviation, rows, before = pooled_deviation(accuracies), {}, None
     for part, recipe in path_recipes().items():
-        values = train.recipe_values(recipe)
-        runs, row = (of_parts.pop(parts_of(values)) for of_parts in (grouped, accuracies))
-        rows[part] = [part if part == "plain" else f"+ {part}", rates_in_words(values, runs.values()), len(row),
-                      f"{statistics.fmean(row.values()):.2%}", spread(list(runs.values())), links(row),
-                      ahead_in_words(row, before, deviation) if before else "-"]
-        before = row
+        key = parts_of(train.recipe_values(recipe))
+        runs = grouped.pop(key)
+        rows[part] = [part if part == "plain" else f"+ {part}", rates_in_words(part, runs.values()),
+                      *compared_cells(runs, before, deviation)]
+        before = accuracies[key]
     if grouped:
         raise ValueError(f"runs of no row: {grouped.keys()}")
     return rows
 
 
-def found_by_each(_, runs):
+def found_by_each(row, runs):
     """Return as text the LRMAX of runs that each took the one its own sweep found. Raises ValueError where one did not.
+
+    `row` is how it names them.
     """
     if not all(report["lr_sweep"] and not by_earlier_rule(report) for report in runs):
-        raise ValueError("a run is not at the rate that its own sweep finds")
+        raise ValueError(f"a run of the row {row} is not at the rate that its own sweep finds")
     return extremes([report["config"]["lr_max"] for report in runs])
 
 
 def found_by_one_of(sweeps):
-    """Return a function like `found_by_each` for runs that took the rate of the one among `sweeps` of their recipe.
+    """Return a function like `found_by_each` for runs of the path that took the rate of their recipe's sweep.
 
-    It raises ValueError where they did not, and KeyError where there is no such sweep.
+    Raises KeyError where a recipe has none.
     """
     by_parts = {parts_of(sweep["config"]["recipe"], UNSEEN_BY_SWEEPS): name for name, sweep in sweeps.items()}
+    names = {part: by_parts[parts_of(train.recipe_values(recipe), UNSEEN_BY_SWEEPS)]
+             for part, recipe in path_recipes().items()}
 
-    def rate_in_words(values, runs):
-        name = by_parts[parts_of(values, UNSEEN_BY_SWEEPS)]
-        lr_max = found(sweeps[name])
+    def rate_in_words(row, runs):
+        lr_max = found(sweeps[names[row]])
         if not all(math.isclose(report["config"]["lr_max"], lr_max, rel_tol=0.01) for report in runs):
-            raise ValueError(f"a run is not at the rate that {name} finds")
-        return f"[{lr_max:.3g}]({name})"
+            raise ValueError(f"a run of the row {row} is not at the rate that its sweep finds")
+        return f"[{lr_max:.3g}]({names[row]})"
     return rate_in_words
 
 
@@ -933,7 +947,7 @@ def machines_table():
     for cores, reports in (("", load("h100", "default-*")), ("two cores of an ", load("default"))):
         environment, = {(report["environment"]["device_name"], report["config"]["precision"])
                         for report in reports.values()}
-        rows.append([cores + ", ".join(environment), *several_runs(reports.values())])
+        rows.append(several_runs(cores + ", ".join(environment), reports.values()))
     return table(["machine", *SEVERAL_HEADINGS], rows)
 
 
@@ -950,7 +964,7 @@ def quotes():
                for report in default]
     in_fp32 = [len(report["lr_sweep"]["lr"]) * report["config"]["batch_size"] / report["summary"]["sweep_seconds"]
                for report in plain if report["config"]["precision"] == "fp32"]
-    alone, = (report["summary"] for report in load("h100", "default-seed0").values())
+    alone = alone_on_gpu()
     fp16, = load("h100", "fp16-*").values()
     alike = [report["config"]["lr_max"] for name in ("default", "ten-epochs", "plus-padding")  # to a sweep
              for report in load("h100", f"{name}-seed0").values()]
@@ -958,6 +972,9 @@ def quotes():
     valley_lr = f"{statistics.median(found_by_rules(by_size[1])['fastai, valley']):.2g}"
     at_valley = [report for report in load("others-rates").values() if f"{report['config']['lr_max']:.2g}" == valley_lr
                  and report["config"]["precision"] == reference[0]["config"]["precision"]]
+    rows = path()
+    of_plain, *others, of_tuned = (row[2] for row in rows.values())
+    between, = set(others)
     _, without, deviation = changes_to_the_recipe()
     worth = [ahead_in_words(without[""][0], without[part][0], deviation)
              for part in ("logit_scale 1.0, LRMAX 0.00742", "epsilon 1e-08, LRMAX 0.0406")]
@@ -980,7 +997,8 @@ def quotes():
             "seeds": f"{seeds[0]} seeds at batch 128, {seeds[1]} at 512 and {seeds[2]} at 1024",
             "plain factor": f"one of {factors[3]:.2f} over {seeds[3]}",
             "logits and epsilon": f"are worth {worth[0]} and {worth[1]} points to the whole recipe there",
-            **{part: f"| {part} | {row[6]} |" for part, row in path().items() if part != "plain"}}
+            "runs": f"{of_plain} of the plain recipe, {of_tuned} of the tuned, {between} of each between",
+            **{part: f"| {part} | {row[6]} |" for part, row in rows.items() if part != "plain"}}
 
 
 def readme():
@@ -999,7 +1017,7 @@ def readme():
     on_gpu, on_gpu_10 = load("h100", "default-*"), load("h100", "ten-epochs-*")
     gpu_holdout, gpu_distances = held_out_table({**load("h100", "holdout-lr-max-*"), **load("h100", "holdout-*")})
     on_both = accuracies_by_row({"cpu": default, "gpu": on_gpu})
-    alone, = (report["summary"] for report in load("h100", "default-seed0").values())
+    alone = alone_on_gpu()
     ablations, ten_epochs, part_sweeps = map(load, ("ablations", "ten-epochs", "part-sweeps"))
     proxy, one_change, short = map(load, ("proxy", "ranking", "ranking-10-epochs"))
     as_it_is = one_change["ranking/tuned-seed0.json"]
