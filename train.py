@@ -1,36 +1,39 @@
-"""Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy, at learning rates it finds itself.
+"""Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.
 
     python train.py --epochs 24 --batch-size 512
 
-One file on PyTorch, torchvision and NumPy, for a CUDA GPU, an Apple GPU or a CPU, in two halves:
-
-- The method, in the order in which it runs: recipe, data, augmentation, model, optimizer and step, one-cycle, sweep,
-  evaluation, training. It prints nothing and writes no file but the data set. After `import train` all of it can be
-  called: `start` a run, `find_rates` for it, loop over its `epochs`.
-- The program around it: command line, files, screen, figures, and `main`, which puts them together.
+How to read this file: it has two halves. The method comes first, in the order in which it
+runs: recipe, data, augmentation, model, run, one-cycle, sweep, training. `train_step` takes
+one optimizer step; the sweep (`find_rates`) and the training loop (`train_epochs`) call it.
+The program around the method follows: command line, files, screen, figures, and `main`.
+After `import train`, an experiment of your own calls `start_run`, `find_rates` and
+`train_epochs`, as `main` does.
 """
 
 import argparse
-import builtins
 import contextlib
 import copy
 import ctypes
 import dataclasses
 import io
-import itertools
 import json
 import math
+import numbers
 import os
 import platform
+import re
+import shlex
 import shutil
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,227 +42,218 @@ import torchvision
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 
-# ==== THE METHOD ======================================================================================================
+# ==== THE METHOD ==========================================================================
 
-# ---- The recipe: every constant of it, once --------------------------------------------------------------------------
+# ---- Recipe: each constant of a run, once ------------------------------------------------
 
-def constant(default, allowed):
-    """Return a field of Recipe that may have the values `allowed`: an interval like "[0, 1)", or a tuple of names."""
-    return dataclasses.field(default=default, metadata={"allowed": allowed})
+def recipe_field(default, allowed, help):
+    """Return a field of Recipe; `allowed` is its lowest and highest value, or its names."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
+
+
+def check_value(name, value, kind, allowed):
+    """Raise ValueError, with a sentence that begins with `name`, unless `value` is allowed."""
+    if kind is str:
+        valid, wanted = value in allowed, f"one of {', '.join(allowed)}"
+    else:
+        number = numbers.Integral if kind is int else numbers.Real  # NumPy's are numbers, too
+        valid = isinstance(value, number) and allowed[0] <= value <= allowed[1]
+        noun = "an integer" if kind is int else "a number"
+        wanted = f"{noun} from {allowed[0]} to {allowed[1]}"
+    if not valid:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The constants of a run: `Recipe()` is the tuned recipe, `RECIPES["plain"]` the one that was handed out.
+    """The constants of a run: `Recipe()` is the tuned recipe, RECIPES has all of them.
 
-    `Recipe(label_smoothing=0.1)` changes a constant; a value without sense raises ValueError.
+    `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises ValueError.
     """
-
-    epochs: int = constant(24, "[0, 100000]")
-    batch_size: int = constant(512, "[2, 50000]")
-    # One-cycle: the rate rises linearly from LRMIN to LRMAX over this fraction of the run, then falls back to LRMIN.
-    peak_fraction: float = constant(5 / 24, "(0, 1)")
-    # The rate ends at LRMIN over this: 1 is no annihilation.
-    annihilation: float = constant(1.0, "[1, inf)")
-    # Adam's first beta moves against the rate: outer value at LRMIN, inner value at LRMAX.
-    beta1: tuple = constant((0.95, 0.85), "[0, 1)")
-    beta2: float = constant(0.999, "[0, 1)")
-    # Adam divides by the root of the squared gradient's average plus epsilon. This one outweighs most of those roots,
-    # so that weights move nearly as under SGD with momentum, the original's optimizer.
-    epsilon: float = constant(0.01, "(0, inf)")
-    # Weight decay, decoupled (as in AdamW), on the weights of the convolutions and the linear layer alone. What is set
-    # is how long they remember: at LRMAX, decay by itself shrinks a weight to 1/e in this many epochs; inf is no decay.
-    # The original's SGD comes to 5.
-    memory_epochs: float = constant(5.0, "(0, inf]")
-    # The L2 term of Adam in place of that decay: this times each parameter is added to its gradient, in the sweep too.
-    l2: float = constant(0.0, "[0, inf)")
-    label_smoothing: float = constant(0.2, "[0, 1)")
-    # What is evaluated, and saved in the end, is an exponential average of the weights and BatchNorm's statistics that
-    # remembers so many epochs; 0 is these themselves. At high rates they jump about, and their average does not.
-    average_epochs: float = constant(0.5, "[0, 100000]")
-    # The logits are scaled down, as in the original: a rate that suits the convolutions is large for the last layer.
-    logit_scale: float = constant(0.125, "(0, inf)")
-    # The first convolution begins by whitening the 3x3 patches of so many images; 0 leaves it as PyTorch makes it. The
-    # floor is added to the variance of each of their directions, so that those that hardly vary, which are noise, are
-    # not blown up. The other convolutions begin as the identity, or as PyTorch makes them.
-    whitening_images: int = constant(1000, "[0, 50000]")
-    whitening_floor: float = constant(0.01, "(0, inf)")
-    initialisation: str = constant("identity", ("identity", "default"))
-    # Augmentation, in pixels of images of 32 x 32. Flips alternate from epoch to epoch, or a coin is tossed each time.
-    padding: int = constant(4, "[0, 31]")
-    padding_mode: str = constant("reflect", ("reflect", "constant", "replicate", "circular"))
-    flips: str = constant("alternating", ("alternating", "random"))
-    cutout: int = constant(8, "[0, 31]")
-    # The sweep raises the rate exponentially from the first value to the second in one epoch; in up to two where one
-    # has fewer steps than this.
-    sweep_range: tuple = constant((1e-6, 1.0), "(0, inf)")
-    sweep_steps: int = constant(200, "[2, 100000]")
-    # Once at its lowest, the smoothed loss of the sweep stays within this fraction of it up to some rate. That rate
-    # times the factor is LRMAX: smoothing mixes in the losses of higher rates, so that the smoothed loss climbs earlier
-    # than the loss itself, and the factor makes up for that. LRMIN is LRMAX over the ratio.
-    sweep_margin: float = constant(0.03, "[0, inf)")
-    sweep_factor: float = constant(2.0, "(0, inf)")
-    lr_ratio: float = constant(300.0, "[1, inf)")
+    epochs: int = recipe_field(24, (0, 100_000), "passes over the training images")
+    batch_size: int = recipe_field(512, (2, 50_000), "images in a step; fewer with --subset")
+    peak_fraction: float = recipe_field(5 / 24, (0.0, 0.99), "part of the run before the peak")
+    annihilation: float = recipe_field(1.0, (1.0, 1e9), "the last learning rate is LRMIN / this")
+    # Adam's first beta moves against the learning rate.
+    beta1: float = recipe_field(0.95, (0.0, 0.9999), "Adam's first beta at LRMIN")
+    beta1_peak: float = recipe_field(0.85, (0.0, 0.9999), "Adam's first beta at LRMAX")
+    beta2: float = recipe_field(0.999, (0.0, 0.999999), "Adam's second beta")
+    # Adam divides a gradient by the root of its mean square plus epsilon. 0.01 is larger than
+    # most of these roots, so Adam moves the weights almost as SGD with momentum would.
+    epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
+    # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many epochs.
+    # The same time suits all batch sizes and learning rates.
+    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "weight decay, as a time; 0: none")
+    l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
+    label_smoothing: float = recipe_field(0.2, (0.0, 0.99), "share spread over all classes")
+    # The weights are noisy while the learning rate is high. Their moving average (EMA) is not.
+    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "EMA of the weights, as a time; 0: none")
+    # A learning rate that suits the convolutions is too large for the last layer.
+    logit_scale: float = recipe_field(0.125, (1e-6, 1e6), "the logits are multiplied by this")
+    initialization: str = recipe_field("identity", ("identity", "pytorch"), "identity: the "
+                                       "first layer whitens, the others pass their input on")
+    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "border to crop from")
+    flips: str = recipe_field("alternating", ("alternating", "random"), "horizontal flips")
+    cutout: int = recipe_field(8, (0, 31), "side of the blanked square, in pixels")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kind, allowed = getattr(self, field.name), type(field.default), ALLOWED[field.name]
-            if kind is str:
-                fits, needed = value in allowed, f"one of {', '.join(allowed)}"
-            elif kind is tuple:
-                fits = isinstance(value, tuple) and len(value) == 2 and all(lies_in(part, allowed) for part in value)
-                needed = f"a pair of numbers in {allowed}"
-            else:
-                fits = lies_in(value, allowed) and isinstance(value, (int, kind))
-                needed = f"a {'whole ' * (kind is int)}number in {allowed}"
-            if not fits:
-                raise ValueError(f"{field.name} is {value!r}: {needed} is needed")
-        if self.l2 and self.memory_epochs < math.inf:
-            raise ValueError(f"l2 is {self.l2!r}: memory_epochs has to be inf beside it")
-        if self.sweep_range[0] >= self.sweep_range[1]:
-            raise ValueError(f"sweep_range is {self.sweep_range}: it has to go up")
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+            check_value(field.name, value, type(field.default), allowed)
+            object.__setattr__(self, field.name, type(field.default)(value))
 
 
-def lies_in(value, interval):
-    """Tell whether `value` is a number in an interval like "[0, 1)", which holds its end at the square bracket."""
-    if not isinstance(value, (int, float)):
-        return False
-    low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+# "plain" is the recipe as it was handed out, with PyTorch's defaults where it is silent.
+RECIPES = {
+    "tuned": Recipe(),
+    "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0, logit_scale=1,
+                    initialization="pytorch", padding_mode="constant", flips="random"),
+}
+
+PADDING = 4  # pixels on each side, before the random crop
 
 
-ALLOWED = {field.name: field.metadata["allowed"] for field in dataclasses.fields(Recipe)}
-
-# The recipe of this file, and the one that its followers were given, with what it leaves open as PyTorch has it.
-RECIPES = {"tuned": Recipe(),
-           "plain": Recipe(epsilon=1e-8, memory_epochs=math.inf, label_smoothing=0.0, average_epochs=0.0,
-                           logit_scale=1.0, whitening_images=0, initialisation="default", padding_mode="constant",
-                           flips="random")}
-
-MEMORY_FEWEST_STEPS = 100  # or BatchNorm's running statistics would lag behind weights that decay
-SWEEP_FEWEST_STEPS = 8  # a sweep of a handful of batches repeats them rather than leap over the rates that matter
-SWEEP_CLIMB = 1.5  # a sweep ends where the loss, smoothed, is above its lowest times this
-SWEEP_EPOCH = 900_000  # numbers the sweep's epochs, so that its random draws are none of training's
-EVAL_BATCH_SIZE = 2000
-
-
-class UserError(Exception):
-    """A failure whose message says what happened and what to do."""
+class UserError(ValueError):
+    """A failure whose message says what happened and what to do next."""
 
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
 
-    def __init__(self, epoch, step, lr):
-        super().__init__(f"the loss became NaN or infinite at epoch {epoch}, step {step}, learning rate {lr:.3g}.\n"
-                         f"Try a lower LRMAX (--lr-max), or fp32 (--precision fp32).")
-        self.where = {"epoch": epoch, "step": step, "lr": lr}
 
-
-# ---- Data: the whole data set on the device --------------------------------------------------------------------------
+# ---- Data: the whole data set on the device ----------------------------------------------
 
 class Split(NamedTuple):
-    """Images (N, 3, H, W) and their labels (N,), both tensors on one device."""
+    """Images (N, 3, H, W) and their labels (N,), two tensors on one device."""
     images: torch.Tensor
     labels: torch.Tensor
 
 
 def load_cifar10(data_dir):
-    """Read CIFAR-10, downloading it where it is missing (A. Krizhevsky, Learning Multiple Layers of Features, 2009).
+    """Return CIFAR-10's training split, test split and class names; download it if necessary.
 
-    Returns the training split, the test split (both uint8, (N, 3, 32, 32), on the CPU) and the ten class names.
-    Raises UserError where a file cannot be had or its checksum is wrong.
+    The images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if a download fails or a
+    file is damaged. (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
     """
-    data_dir = Path(data_dir)
-    archive = data_dir / CIFAR10.filename
-    checksums = {data_dir / CIFAR10.base_folder / name: md5 for name, md5 in
-                 [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]}
-    missing = [path for path in checksums if not path.exists()]
-    if missing:
-        checksums[archive] = CIFAR10.tgz_md5
-    for path, md5 in checksums.items():
-        if path.exists() and not check_integrity(str(path), md5):
-            raise UserError(f"{path} is truncated or altered: its MD5 checksum is wrong.\n"
-                            f"Delete it and run again to download CIFAR-10 afresh.")
-    if missing:
-        fetch_cifar10(data_dir, archive)
+    folder = Path(data_dir) / CIFAR10.base_folder
+    checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list,
+                      (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    if not all((folder / name).exists() for name in checksums):
+        download_cifar10(Path(data_dir))
+    for name, checksum in checksums.items():
+        if not check_integrity(str(folder / name), checksum):
+            raise UserError(f"{folder / name} is damaged: its checksum is wrong.\n"
+                            f"Delete it and run again to download CIFAR-10 anew.")
 
     datasets = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
-    training, test = (Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets))
-                      for dataset in datasets)
-    return training, test, datasets[0].classes
+    return *(Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2),
+                   torch.tensor(dataset.targets)) for dataset in datasets), datasets[0].classes
 
 
-def fetch_cifar10(data_dir, archive):
-    """Unpack the archive, downloaded if need be, into `data_dir`. Whatever goes wrong leaves no half file there."""
-    folder = data_dir / CIFAR10.base_folder
+def download_cifar10(data_dir):
+    """Download CIFAR-10 into `data_dir`, or unpack the archive if it is there.
+
+    The files are moved there at the end. So a failure leaves nothing half done, and two runs
+    may download at the same time.
+    """
+    folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
+    timeout = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as scratch:
             if archive.exists():
-                extract_archive(archive, scratch)
+                shutil.copy(archive, scratch)  # CIFAR10 downloads it only if it is damaged
             else:
-                CIFAR10(scratch, download=True)
+                print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}.\n"
+                      f"         You can also put that file at {archive} by hand.", flush=True)
+            socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets none
+            CIFAR10(scratch, download=True)
             for path in (Path(scratch) / CIFAR10.base_folder).iterdir():
                 path.replace(folder / path.name)
-    except Exception as error:  # of the network, the archive or the disk: they are of many kinds
-        raise UserError(f"could not fetch CIFAR-10 from {CIFAR10.url} ({error}).\n"
-                        f"Get that file by hand and put it at {archive}, or its files into {folder}{os.sep}.") from None
+    except Exception as error:  # of the network, the archive or the disk: they have many types
+        for path in (folder, data_dir):
+            with contextlib.suppress(OSError):
+                path.rmdir()  # if it is empty
+        raise UserError(f"could not get CIFAR-10 ({error}).\nPut {CIFAR10.url} at {archive} "
+                        "by hand, or try the sample: python train.py --subset") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
-def channel_statistics(images):
-    """Return the mean and the standard deviation of each channel of uint8 (N, C, H, W) images, on the scale 0 to 1."""
-    std, mean = torch.std_mean(images.float() / 255, dim=(0, 2, 3), correction=0)
-    return mean, std
+SAMPLE = Path(globals().get("__file__", "")).resolve().parent / "data" / "sample.npz"
 
 
-def normalise(images, mean, std):
-    """Turn uint8 images (N, C, H, W) into floats, less `mean` (C,) and over `std` (C,), on the scale 0 to 1."""
+def load_sample():
+    """Return the first 2,000 training and 400 test images as `load_cifar10` returns all."""
+    with np.load(SAMPLE) as sample:
+        return *(Split(torch.from_numpy(sample[f"{name}_images"]).permute(0, 3, 1, 2),
+                       torch.from_numpy(sample[f"{name}_labels"]).long())
+                 for name in ("train", "test")), sample["classes"].tolist()
+
+
+def normalize_images(images, mean, std):
+    """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std, both (C,)."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
     mean, std = (values.to(images.device).view(1, -1, 1, 1) for values in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
 def memory_format(device):
-    """Return the layout of images and weights that is fastest on `device` and right."""
-    # On Apple GPUs, many versions of PyTorch get the gradients of channels-last images wrong (pytorch issue 175189).
+    """Return the layout of images and weights that is fast and correct on `device`."""
+    # Many versions of PyTorch get channels-last gradients wrong on Apple GPUs (issue 175189).
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
-def prepare(split, mean, std, device, dtype, padding=0, padding_mode="constant"):
-    """Normalise uint8 images, pad them and lay them out on `device`.
-
-    Returns a Split of images (N, 3, H + 2 padding, W + 2 padding) of type `dtype`.
-    """
-    images = normalise(split.images.to(device), mean, std).to(dtype)
+def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="constant"):
+    """Return a Split on `device`: images (N, C, H + 2 padding, W + 2 padding) of `dtype`."""
+    images = normalize_images(split.images.to(device), mean, std).to(dtype)
     if padding:
         images = F.pad(images, (padding,) * 4, mode=padding_mode)
-    return Split(images.contiguous(memory_format=memory_format(device)), split.labels.to(device))
+    images = images.contiguous(memory_format=memory_format(device))
+    return Split(images, split.labels.to(device).long())
 
 
-# ---- Augmentation: batched tensor operations, drawn for each image by itself -----------------------------------------
+def check_split(name, split, num_classes):
+    """Raise ValueError, which names the split and the reason, if it cannot be trained on."""
+    images, labels = split
+    reason = None
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+    elif not 0 < len(images) == len(labels):
+        reason = f"each image needs a label, got {len(images)} images and {len(labels)} labels"
+    elif labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_classes:
+        reason = f"labels must be whole numbers from 0 to {num_classes - 1}"
+    elif (images.amax((0, 2, 3)) == images.amin((0, 2, 3))).any():
+        reason = "a channel of the images is constant"
+    if reason:
+        raise ValueError(f"{name} split: {reason}")
+
+
+# ---- Augmentation: tensor operations on a batch, with random draws for each image --------
 
 def epoch_generator(seed, epoch, device):
-    """Return the random generator of one epoch. It depends on nothing else, so that a resumed run draws the same."""
+    """Return the generator of an epoch's random numbers. A resumed run draws the same."""
     return torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
 
 
 def draw_flips(recipe, count, seed, epoch, device, generator):
-    """Return which of all `count` training images (count,) are mirrored in `epoch`.
+    """Return which of `count` training images are mirrored in this epoch: booleans (count,).
 
-    Alternating, the next epoch mirrors the others: one coin for each image decides which half it is in. Random, a coin
-    is tossed anew in every epoch, which shows some images mirrored five times in a row (K. Jordan, arXiv:2404.00498,
-    section 3.6).
+    Alternating: half of the images, chosen once at random, are mirrored in odd epochs, the
+    other half in even epochs (K. Jordan, arXiv:2404.00498, section 3.6).
     """
     if recipe.flips == "alternating":
-        coins = torch.randint(2, (count,), generator=epoch_generator(seed, 0, device), device=device)
+        once = epoch_generator(seed, 0, device)
+        coins = torch.randint(2, (count,), generator=once, device=device)
         return (coins + epoch) % 2 == 1
     return torch.randint(2, (count,), generator=generator, device=device) == 1
 
 
-def crop(images, top, left, size):
-    """Cut (B, C, size, size) out of (B, C, H, W), each image at its own corner; the result is channels-last."""
+def crop_images(images, top, left, size):
+    """Cut (B, C, size, size), channels-last, out of (B, C, H, W), each at its own corner."""
     span = torch.arange(size, device=images.device)
     image = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     row = (top.view(-1, 1) + span).view(-1, size, 1)
@@ -267,55 +261,52 @@ def crop(images, top, left, size):
     return images.permute(0, 2, 3, 1)[image, row, column].permute(0, 3, 1, 2)
 
 
-def flip(images, chosen):
-    """Mirror the chosen (B,) of (B, C, H, W) images left to right."""
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def cutout(images, top, left, size):
-    """Blank one square in each of (B, C, H, W) with zero, the mean colour (DeVries and Taylor, arXiv:1708.04552)."""
-    rows, columns = (torch.arange(length, device=images.device) for length in images.shape[-2:])
+def cut_holes(images, top, left, size):
+    """Blank a square in each of (B, C, H, W) with the mean color, zero (arXiv:1708.04552)."""
+    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     in_rows = (rows >= top.view(-1, 1)) & (rows < top.view(-1, 1) + size)
     in_columns = (columns >= left.view(-1, 1)) & (columns < left.view(-1, 1) + size)
     hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-    return torch.where(hidden, 0, images)  # masked_fill would lose channels-last
+    return torch.where(hidden, 0, images)  # masked_fill would lose the channels-last layout
 
 
-def augment(recipe, padded, mirrored, generator):
-    """Crop, flip and cut out: padded (B, 3, H + 2 padding, W + 2 padding) to (B, 3, H, W).
+def augment_images(recipe, padded, mirrored, generator):
+    """Crop, flip and cut out: padded (B, 3, H + 8, W + 8) to (B, 3, H, W).
 
-    Crops and cutouts, which lie wholly inside the crop, are drawn for each image; `mirrored` (B,) says which to flip.
+    Each image has a random crop and a random hole of its own, which lies inside the crop.
     """
     def draw(choices):
         return torch.randint(choices, (len(padded),), generator=generator, device=padded.device)
-    size = padded.shape[-1] - 2 * recipe.padding
-    corners, holes = 2 * recipe.padding + 1, size - recipe.cutout + 1
-    images = crop(padded, draw(corners), draw(corners), size)
-    images = flip(images, mirrored)
-    return cutout(images, draw(holes), draw(holes), recipe.cutout)
+    size = padded.shape[-1] - 2 * PADDING
+    corners, holes = 2 * PADDING + 1, size - recipe.cutout + 1
+    images = crop_images(padded, draw(corners), draw(corners), size)
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    return cut_holes(images, draw(holes), draw(holes), recipe.cutout)
 
 
 def augmented_batches(recipe, training, seed, epoch):
-    """Shuffle a padded Split and yield its images, augmented, and labels; the last batch has what is left over."""
-    device = training.images.device
-    generator = epoch_generator(seed, epoch, device)
-    mirrored = draw_flips(recipe, len(training.labels), seed, epoch, device, generator)
-    order = torch.randperm(len(training.labels), generator=generator, device=device)
+    """Shuffle a padded Split and yield batches: augmented images (B, 3, H, W), labels (B,)."""
+    images, labels = training
+    generator = epoch_generator(seed, epoch, images.device)
+    mirrored = draw_flips(recipe, len(labels), seed, epoch, images.device, generator)
+    order = torch.randperm(len(labels), generator=generator, device=images.device)
     for chosen in order.split(recipe.batch_size):
-        images = augment(recipe, training.images[chosen], mirrored[chosen], generator)
-        yield images.contiguous(memory_format=memory_format(device.type)), training.labels[chosen]
+        batch = augment_images(recipe, images[chosen], mirrored[chosen], generator)
+        layout = memory_format(images.device.type)
+        yield batch.contiguous(memory_format=layout), labels[chosen]
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
+# ---- Model -------------------------------------------------------------------------------
 
 class ConvBlock(nn.Sequential):
-    """Conv 3x3, MaxPool 2 if `pool`, BatchNorm, ReLU: (B, c_in, H, W) to (B, c_out, H, W), or half of H and W."""
+    """Convolution 3x3, max-pool 2 if `pool`, BatchNorm, ReLU; `pool` halves H and W."""
 
     def __init__(self, c_in, c_out, pool=False):
-        super().__init__(nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False),
-                         *([nn.MaxPool2d(2)] if pool else []),
-                         nn.BatchNorm2d(c_out),
-                         nn.ReLU(inplace=True))
+        super().__init__(
+            nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False),
+            *([nn.MaxPool2d(2)] if pool else []),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True))
 
 
 class ResBlock(nn.Module):
@@ -330,23 +321,24 @@ class ResBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018): (B, 3, 32, 32) to logits (B, 10).
+    """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018).
 
-    It has 6,573,130 parameters. The softmax is left to the cross-entropy.
-    Initialised as the identity, the first filters of every convolution but the first pass their input on, so that the
-    untrained network already carries the image through to its head (K. Jordan, arXiv:2404.00498, section 3.3).
+    It has 6,573,130 parameters and turns images (B, 3, 32, 32) into logits (B, 10). With the
+    "identity" initialization, every convolution but the first one begins by passing its input
+    on. So the untrained network already carries the image to its last layer (K. Jordan,
+    arXiv:2404.00498, section 3.3).
     """
 
-    def __init__(self, recipe=Recipe()):
+    def __init__(self, recipe=Recipe(), num_classes=10):
         super().__init__()
-        self.prep = ConvBlock(3, 64)                                                   # (B, 64, 32, 32)
-        self.layer1 = nn.Sequential(ConvBlock(64, 128, pool=True), ResBlock(128))      # (B, 128, 16, 16)
-        self.layer2 = ConvBlock(128, 256, pool=True)                                   # (B, 256, 8, 8)
-        self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))     # (B, 512, 4, 4)
-        self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())                       # (B, 512)
-        self.head = nn.Linear(512, 10)                                                 # (B, 10)
+        self.prep = ConvBlock(3, 64)  # (B, 64, 32, 32)
+        self.layer1 = nn.Sequential(ConvBlock(64, 128, pool=True), ResBlock(128))  # 16 x 16
+        self.layer2 = ConvBlock(128, 256, pool=True)  # (B, 256, 8, 8)
+        self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))  # 4 x 4
+        self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())  # (B, 512)
+        self.head = nn.Linear(512, num_classes)
         self.logit_scale = recipe.logit_scale
-        if recipe.initialisation == "identity":
+        if recipe.initialization == "identity":
             for module in self.modules():
                 if isinstance(module, nn.Conv2d) and module is not self.prep[0]:
                     nn.init.dirac_(module.weight[:module.in_channels])
@@ -357,41 +349,43 @@ class ResNet(nn.Module):
 
 
 @torch.no_grad()
-def whiten_first_layer(model, images, floor):
-    """Set the first convolution so that it whitens the 3x3 patches of prepared images (N, 3, H, W).
+def whiten_patches(model, images):
+    """Set the first convolution so that it whitens the 3x3 patches of images (N, 3, H, W).
 
-    Its filters become the 27 eigenvectors of the patches' covariance, each over the root of its eigenvalue plus
-    `floor`, and their negatives, since ReLU keeps one side of each; the other 10 stay random. All of them are trained
-    as ever. (D. Page, How to Train Your ResNet 8, Bag of Tricks, 2019; with negatives: tysam-code, hlb-CIFAR10, 2023.)
+    27 filters become the eigenvectors of the patches' covariance, each divided by the root of
+    its eigenvalue (D. Page, How to Train Your ResNet 8, 2019). 27 more are their negatives,
+    because ReLU keeps one side of each (tysam-code, hlb-CIFAR10). The other 10 stay random.
     """
-    patches = F.unfold(images.float().cpu(), 3)                                        # (N, 27, positions)
+    patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions)
     variances, directions = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
-    filters = (directions / (variances + floor).sqrt()).T.reshape(27, 3, 3, 3)
+    # Directions with almost no variance are noise; 0.01 keeps whitening from amplifying them.
+    filters = (directions / (variances + 0.01).sqrt()).T.reshape(27, 3, 3, 3)
     model.prep[0].weight[:54].copy_(torch.cat([filters, -filters]))
 
 
-# ---- A run: a model on a device with what trains it, and its steps ---------------------------------------------------
+# ---- Run: a model on a device, with what trains it; one step -----------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass
 class Run:
-    """A model, what trains it, and how far it has come; made by `start`. Weights are fp32."""
+    """A model, what trains it, and how far it has come. `start_run` makes one."""
     recipe: Recipe
     seed: int
     device: str
-    dtype: torch.dtype  # what convolutions and products compute in
-    mean: torch.Tensor  # (3,), of the training images, which are normalised with it
+    dtype: torch.dtype  # of convolutions and products; the weights are fp32
+    mean: torch.Tensor  # (3,), of the training images, which are normalized with it
     std: torch.Tensor  # (3,)
     training: Split  # padded
     test: Split
-    model: nn.Module
-    averaged: nn.Module  # the same network with an average of the model's weights: it is what is evaluated
+    model: nn.Module  # is trained
+    averaged: nn.Module  # is evaluated: its weights are a moving average of the model's
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # scales the loss in fp16, whose smallest gradients would vanish; else does nothing
+    scaler: torch.amp.GradScaler  # in fp16 it scales the loss, or small gradients would vanish
     epoch: int = 0  # epochs trained
-    seconds: float = 0.0  # spent on preparing the data and on those epochs, without evaluation, as DawnBench counts
+    seconds: float = 0.0  # of data preparation and training; evaluation does not count
+    mid_epoch: bool = False  # an epoch was begun and did not end
 
     @property
     def steps_per_epoch(self):
@@ -401,895 +395,826 @@ class Run:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def state(self):
-        """Return all that changes in a run, as a dictionary of the tensors themselves: they go on changing."""
+        """Return all that training changes. The tensors are not copied."""
         return {"model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch, "seconds": self.seconds}
 
     def load_state(self, state):
+        """Go back, or on, to a `state()`."""
         for part in ("model", "averaged", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
-        self.epoch, self.seconds = state["epoch"], state["seconds"]
-        self.optimizer.zero_grad(set_to_none=True)  # the gradients are those of the weights before
+        self.epoch, self.seconds, self.mid_epoch = state["epoch"], state["seconds"], False
+        self.optimizer.zero_grad(set_to_none=True)  # they are of other weights
 
 
-def start(recipe, training, test, seed=0, device="auto", precision="auto"):
-    """Return a Run that has not trained yet. For one seed its random weights are the same on every device.
+def choose_device(device="auto", precision="auto"):
+    """Return the device and the precision of a run, or raise ValueError if they are not there.
 
-    `training` and `test` are Splits of uint8 images (N, 3, 32, 32). `device` is cuda, mps or cpu, `precision` fp32,
-    bf16 or fp16; auto is what `choose_device` and `choose_precision` return. Where there are fewer images than a batch
-    has, all are one batch. Raises ValueError where device or precision cannot be had.
+    "auto" is the fastest device, and bf16 if it has instructions for it, else fp16 on NVIDIA
+    GPUs and fp32 elsewhere. Without instructions for it, a precision is far slower than fp32.
     """
-    device = choose_device() if device == "auto" else device
-    precision = choose_precision(device) if precision == "auto" else precision
-    check_device(device, precision)
-    dtype = DTYPES[precision]
-    make_fast(device)
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    device = next(name for name in found if found[name]) if device == "auto" else device
+    if not found.get(device):
+        raise ValueError(f"device {device}: PyTorch finds no such device. Try cpu")
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.7 does not have it
+    fast = {"cpu": known.get("avx512_bf16") or known.get("amx_bf16"), "mps": False,
+            "cuda": found["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False)}
+    if precision == "auto":
+        precision = "bf16" if fast[device] else "fp16" if device == "cuda" else "fp32"
+    check_value("precision", precision, str, tuple(DTYPES))
+    return device, precision
 
-    torch.manual_seed(seed)
-    model = ResNet(recipe).to(device, memory_format=memory_format(device))
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]  # to decay, once LRMAX is known
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]  # biases and BatchNorms
-    optimizer = torch.optim.Adam([{"params": weights}, {"params": others}], betas=(recipe.beta1[1], recipe.beta2),
-                                 eps=recipe.epsilon, weight_decay=recipe.l2, decoupled_weight_decay=not recipe.l2,
-                                 fused=True)
+
+def keep_memory():
+    """Make glibc keep freed memory for the next step: a step on a CPU gets a fifth faster."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
+
+
+def start_run(recipe, training, test, seed=0, device="auto", precision="auto", model=None,
+              num_classes=10):
+    """Return a Run that has not trained yet. A seed gives the same weights on every device.
+
+    The Splits are of uint8 images (N, 3, 32, 32), or of what your own `model` takes, which
+    keeps its initialization. `device` is cuda, mps or cpu, `precision` fp32, bf16 or fp16;
+    `choose_device` says what "auto" is. Raise ValueError for what cannot be trained.
+    """
+    check_split("training", training, num_classes)
+    check_split("test", test, num_classes)
+    if model is None and not training.images.shape[1:] == test.images.shape[1:] == (3, 32, 32):
+        raise ValueError("the built-in network takes images of 3 x 32 x 32; give a `model`")
+    device, precision = choose_device(device, precision)
+    dtype = DTYPES[precision]
+    torch.backends.cudnn.benchmark = True  # shapes repeat, so a search for kernels pays
+    if device == "cpu":
+        keep_memory()
+    whiten = model is None and recipe.initialization == "identity"
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # leave the caller's alone
+        torch.default_generator.manual_seed(seed)
+        model = model or ResNet(recipe, num_classes)
+    model.to(device, memory_format=memory_format(device))
+    # Weights decay, biases and BatchNorms do not.
+    groups = [{"params": [parameter for parameter in model.parameters()
+                          if (parameter.ndim > 1) == decays], "decays": decays}
+              for decays in (True, False)]
+    optimizer = torch.optim.Adam(groups, betas=(recipe.beta1_peak, recipe.beta2),
+                                 eps=recipe.epsilon, weight_decay=recipe.l2,
+                                 decoupled_weight_decay=not recipe.l2, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     started = time.perf_counter()
-    mean, std = channel_statistics(training.images)
-    training = prepare(training, mean, std, device, dtype, recipe.padding, recipe.padding_mode)
-    test = prepare(test, mean, std, device, dtype)
-    if recipe.whitening_images:
-        whiten_first_layer(model, training.images[:recipe.whitening_images], recipe.whitening_floor)
-    test.images[-1].sum().item()  # waits for a GPU, so that the seconds are those of all this
-    return Run(recipe, seed, device, dtype, mean, std, training, test, model, copy.deepcopy(model), optimizer, scaler,
-               seconds=time.perf_counter() - started)
+    std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
+    training = prepare_images(training, mean, std, device, dtype, PADDING, recipe.padding_mode)
+    test = prepare_images(test, mean, std, device, dtype)
+    if whiten:
+        whiten_patches(model, training.images[:1000])
+    test.images[-1].sum().item()  # wait for a GPU, so that the seconds are right
+    seconds = time.perf_counter() - started
+    return Run(recipe, seed, device, dtype, mean, std, training, test, model,
+               copy.deepcopy(model), optimizer, scaler, seconds=seconds)
 
 
-def choose_device():
-    """Return the fastest device there is."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def choose_precision(device):
-    """Return bf16 where `device` is known to be fast at it, else fp16 on CUDA GPUs and fp32 on all else.
-
-    Many devices emulate a precision that they have no instructions for, which is far slower than fp32.
-    """
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # older PyTorch has none
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-
-
-def check_device(device, precision):
-    """Raise ValueError, with a sentence that says why, where a run cannot have this device or this precision."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    for name, value, allowed in (("device", device, found), ("precision", precision, DTYPES)):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}: one of auto, {', '.join(allowed)} is needed")
-    if not found[device]:
-        raise ValueError(f"device {device}: PyTorch finds no such device here; try cpu")
-    if device == "mps" and precision == "fp16":
-        raise ValueError("precision fp16 needs gradient scaling, which fails on some Apple GPUs; try fp32")
-
-
-def make_fast(device):
-    """Set up this process for training on `device`."""
-    torch.backends.cudnn.benchmark = True  # shapes repeat: let cuDNN look for its fastest kernels
-    # Left to itself, glibc hands a step's activations back to Linux and gets them anew, page by page and zeroed, in the
-    # next step: a fifth of the time of a step on a CPU. The price is that the process stays at its largest size.
-    if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
-        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # never give the end of the heap back
-        ctypes.CDLL(None).mallopt(mmap_max, 0)  # take large blocks from the heap too
-
-
-def take_steps(run, batches, schedule):
-    """Take one step on each of `batches`, (images, labels), at its (learning rate, first beta) in `schedule`.
-
-    Yields after each step the loss before it and the count of correct answers, as tensors, because reading them would
-    stall a GPU.
-    """
+def prepare_training(run):
+    """Put the model into training mode. Raise ValueError if the optimizer is of another one."""
+    held = {id(values) for group in run.optimizer.param_groups for values in group["params"]}
+    if not held.issuperset(map(id, run.model.parameters())):
+        raise ValueError("the optimizer does not hold all parameters of the model")
     run.model.train()
-    for (lr, beta1), (images, labels) in zip(schedule, batches):
-        for group in run.optimizer.param_groups:
-            group.update(lr=lr, betas=(beta1, run.recipe.beta2))
-        with run.autocast():
-            logits = run.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.recipe.label_smoothing)
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        yield loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def train_step(run, images, labels, lr, beta1):
+    """Take one optimizer step on images (B, C, H, W) with their labels (B,).
+
+    Return the batch's loss before the step and its number of correct predictions. They stay
+    tensors: converting them to numbers would make a GPU wait. An optimizer of your own gets
+    `beta1` as its momentum; a group's learning rate is `lr` times its "lr_factor", if any.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1)
+        if "betas" in group:
+            group["betas"] = beta1, group["betas"][1]
+        elif group.get("momentum"):
+            group["momentum"] = beta1
+    with run.autocast():
+        logits = run.model(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.recipe.label_smoothing)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
 def average_weights(run, step):
-    """Bring `run.averaged` up to date with the weights and BatchNorm statistics after a `step` of the run, from 1.
-
-    Each counts for less by a constant factor from step to step, so that the average remembers
-    `recipe.average_epochs`; in the first ones it is the plain mean of all since the run began (B. Polyak and
-    A. Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992).
-    """
-    memory = min(step, max(1, run.recipe.average_epochs * run.steps_per_epoch))
-    averages, latest = ([values for values in module.state_dict().values() if values.is_floating_point()]
-                        for module in (run.averaged, run.model))
+    """Update the EMA after `step`, from 1. Until its time has passed, it is a plain mean."""
+    memory = min(step, max(1, run.recipe.ema_epochs * run.steps_per_epoch))
+    averages, latest = ([values for values in module.state_dict().values()
+                         if values.is_floating_point()] for module in (run.averaged, run.model))
     get_ema_multi_avg_fn(1 - 1 / memory)(averages, latest, None)
 
 
-# ---- One-cycle -------------------------------------------------------------------------------------------------------
+# ---- One-cycle ---------------------------------------------------------------------------
 
 class Rates(NamedTuple):
-    """The learning rates of a run: where its cycle begins and ends, and its peak."""
+    """The learning rates of a run: the ends and the peak of its cycle."""
     lr_min: float
     lr_max: float
-    sweep: Optional[dict] = None  # that found them, see `find_rates`
+    sweep: dict = None  # the record of the sweep that found them, see `find_rates`
 
 
-def one_cycle(step, total_steps, begin, top, end, peak_fraction):
-    """Return the value at `step` (from 0) of a cycle: linear from `begin` to `top`, then linear to `end`.
+def one_cycle(step, total_steps, start, peak, end, peak_fraction):
+    """Return a value that changes linearly from `start` to `peak` and then to `end`.
 
-    Steps are counted as in `torch.optim.lr_scheduler.OneCycleLR`: the last step of the rise has `top`, the last step of
-    the run has `end` (L. Smith, arXiv:1803.09820, section 4).
+    Steps count from 0. As in PyTorch's OneCycleLR, the last step of the rise has the value
+    `peak`, and the last step of the run has `end` (L. Smith, arXiv:1803.09820, section 4).
     """
-    last = total_steps - 1
-    peak = peak_fraction * total_steps - 1
-    if step < peak:
-        return begin + (top - begin) * (step / peak)
-    return end + (top - end) * ((last - step) / (last - peak))
+    last_step, peak_step = total_steps - 1, peak_fraction * total_steps - 1
+    if step < peak_step:
+        return start + (peak - start) * (step / peak_step)
+    return end + (peak - end) * ((last_step - step) / (last_step - peak_step))
 
 
-def plan_epoch(recipe, rates, epoch, steps_per_epoch):
-    """Return the (learning rate, first beta) of every step of an epoch, counted from 1."""
-    total_steps, (outer, inner) = recipe.epochs * steps_per_epoch, recipe.beta1
+def scheduled_rates(recipe, rates, step, steps_per_epoch):
+    """Return the learning rate and Adam's first beta at a step of the run, counted from 0."""
+    total, fraction = recipe.epochs * steps_per_epoch, recipe.peak_fraction
     lr_end = rates.lr_min / recipe.annihilation
-    return [(one_cycle(step, total_steps, rates.lr_min, rates.lr_max, lr_end, recipe.peak_fraction),
-             one_cycle(step, total_steps, outer, inner, outer, recipe.peak_fraction))
-            for step in range((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch)]
+    return (one_cycle(step, total, rates.lr_min, rates.lr_max, lr_end, fraction),
+            one_cycle(step, total, recipe.beta1, recipe.beta1_peak, recipe.beta1, fraction))
 
 
 def weight_decay(recipe, lr_max, steps_per_epoch):
-    """Return Adam's weight decay: `recipe.l2`, or decoupled for a memory of `recipe.memory_epochs` at rate `lr_max`.
+    """Return Adam's weight decay: `recipe.l2`, or the one with the time `recipe.decay_epochs`.
 
-    A decoupled step multiplies a weight by 1 - learning rate x decay. Weights are a moving average of their updates;
-    its length in epochs, here 100 steps at least, is what suits a data set, whatever rate and batch size (X. Wang and
-    L. Aitchison, arXiv:2405.13698).
+    A step multiplies a weight by 1 - learning rate * decay. So the weights are a moving average
+    of their updates, with this time constant (X. Wang and L. Aitchison, arXiv:2405.13698).
     """
-    return recipe.l2 or 1 / (max(recipe.memory_epochs * steps_per_epoch, MEMORY_FEWEST_STEPS) * lr_max)
+    if recipe.l2 or not recipe.decay_epochs:
+        return recipe.l2
+    # In less than 100 steps, weights would shrink faster than BatchNorm's statistics follow.
+    return 1 / (max(recipe.decay_epochs * steps_per_epoch, 100) * lr_max)
 
 
-# ---- Learning-rate range sweep ---------------------------------------------------------------------------------------
+# ---- Learning-rate range sweep -----------------------------------------------------------
+
+LR_RATIO = 300  # LRMAX / LRMIN
+SWEEP_EPOCH = 900_000  # number of the sweep's first epoch: training draws none of its batches
+
 
 def find_rates(run, on_step=None):
-    """Train while the rate rises exponentially, and read LRMAX off the loss (L. Smith, arXiv:1506.01186).
+    """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
-    Stops where the loss is NaN or has climbed to 1.5 times its lowest. The run is afterwards what it was.
-    `on_step(step, steps, learning rate, loss)` is called after each step.
-    Returns Rates, whose `sweep` has the lists `lr`, `loss` (of each batch before its step) and `smoothed_loss`, both
-    rates again, and the `rule`. Raises UserError where the loss never falls.
+    Return Rates, whose `sweep` has the lists `lr`, `loss` and `smoothed_loss`. Afterwards the
+    run is as before. `on_step(step, steps, learning rate, loss)` is called after each step.
+    Raise UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
-    recipe, (first, last) = run.recipe, run.recipe.sweep_range
-    steps = sweep_length(recipe, run.steps_per_epoch)
+    first, last, epoch_steps = 1e-6, 1.0, run.steps_per_epoch
+    # 200 steps, but at least one epoch, at most two, and never so few that rates are skipped.
+    steps = max(epoch_steps, min(200, 2 * epoch_steps), 8)
     lrs = [first * (last / first) ** (step / (steps - 1)) for step in range(steps)]
     steps_per_decade = (steps - 1) / math.log10(last / first)
-    batches = (batch for epoch in itertools.count(SWEEP_EPOCH)
-               for batch in augmented_batches(recipe, run.training, run.seed, epoch))
+    batches = (batch for epoch in range(SWEEP_EPOCH, SWEEP_EPOCH + steps)
+               for batch in augmented_batches(run.recipe, run.training, run.seed, epoch))
     before = copy.deepcopy(run.state())
-    window = max(1, round(steps_per_decade / 2))  # the loss is watched as its mean over so many steps
-    losses, lowest = [], math.inf
+    window, lowest, losses = max(1, round(steps_per_decade / 2)), math.inf, []
+    prepare_training(run)
     try:
-        for loss, _ in take_steps(run, batches, ((lr, recipe.beta1[1]) for lr in lrs)):
+        for lr, (images, labels) in zip(lrs, batches):
+            loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
             if not math.isfinite(loss.item()):
                 break
             losses.append(loss.item())
             if on_step:
-                on_step(len(losses), steps, lrs[len(losses) - 1], loss)
+                on_step(len(losses), steps, lr, loss)
+            # Stop when training has clearly diverged; larger rates would only cost time.
+            recent = statistics.fmean(losses[-window:])
             if len(losses) >= window:
-                level = statistics.fmean(losses[-window:])
-                lowest = min(lowest, level)
-                if level > SWEEP_CLIMB * lowest:
+                lowest = min(lowest, recent)
+                if recent > 1.5 * lowest:
                     break
     finally:
         run.load_state(before)
-    if not losses:
-        raise UserError("the loss of the untrained model is NaN or infinite: the sweep cannot start.")
-    lrs, smoothed = lrs[:len(losses)], smooth(losses, steps_per_decade)
-    lr_min, lr_max = read_sweep(recipe, lrs, smoothed)
-    return Rates(lr_min, lr_max, {"lr": lrs, "loss": losses, "smoothed_loss": smoothed, "lr_max": lr_max,
-                                  "lr_min": lr_min, "rule": sweep_rule(recipe)})
+    lrs, smoothed = lrs[:len(losses)], smooth_losses(losses, steps_per_decade)
+    return Rates(*read_sweep(lrs, smoothed),
+                 {"lr": lrs, "loss": losses, "smoothed_loss": smoothed})
 
 
-def sweep_length(recipe, steps_per_epoch):
-    """Return how many steps a sweep has: those of the recipe, but in one to two epochs, and never under 8."""
-    return max(steps_per_epoch, min(recipe.sweep_steps, 2 * steps_per_epoch), SWEEP_FEWEST_STEPS)
-
-
-def smooth(losses, steps_per_decade):
-    """Return the centred moving average of a list from half to twice the learning rate, taken twice.
-
-    It has no lag. Towards either end of the list it averages over what there is.
-    """
+def smooth_losses(losses, steps_per_decade):
+    """Return a list's moving average from half to twice each learning rate, taken twice."""
     half = round(steps_per_decade * math.log10(2))
     for _ in range(2):
-        losses = [statistics.fmean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+        losses = [statistics.fmean(losses[max(0, i - half):i + half + 1])
+                  for i in range(len(losses))]
     return losses
 
 
-def read_sweep(recipe, lrs, smoothed):
-    """Return (lr_min, lr_max) by `sweep_rule`. Raises UserError where the loss never falls."""
-    lowest = smoothed.index(min(smoothed))
+def read_sweep(lrs, smoothed):
+    """Return LRMIN and LRMAX. Raise UserError if the loss never falls or is NaN.
+
+    After the smoothed loss reaches its minimum, find the last learning rate before it rises
+    more than 3% above that minimum. LRMAX is twice that rate, because smoothing makes the rise
+    appear too early. Everything after the first rise is ignored.
+    """
+    lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Choose LRMAX yourself (--lr-max, or `Rates`) to train without it.")
-    # What lies past the climb is of no account: at batch 128 the loss comes down again towards the end of the sweep.
-    ceiling = (1 + recipe.sweep_margin) * smoothed[lowest]
-    climbed = next((i for i, loss in enumerate(smoothed) if i > lowest and loss > ceiling), len(smoothed))
-    lr_max = min(recipe.sweep_factor * lrs[climbed - 1], lrs[-1])
-    return lr_max / recipe.lr_ratio, lr_max
+                        "Choose LRMAX yourself (--lr-max) to train without a sweep.")
+    rise = next((i for i in range(lowest + 1, len(smoothed))
+                 if smoothed[i] > 1.03 * smoothed[lowest]), len(smoothed))
+    lr_max = min(2 * lrs[rise - 1], lrs[-1])
+    return lr_max / LR_RATIO, lr_max
 
 
-def sweep_rule(recipe):
-    """Return in words how `read_sweep` finds both rates."""
-    return (f"LRMAX is {recipe.sweep_factor:g} times the rate up to which the loss, smoothed from half to twice the "
-            f"rate, stays within {100 * recipe.sweep_margin:g}% of its lowest once it is there, but no rate that the "
-            f"sweep did not reach; LRMIN is LRMAX / {recipe.lr_ratio:g}.")
-
-
-# ---- Evaluation and training -----------------------------------------------------------------------------------------
+# ---- Evaluation and training -------------------------------------------------------------
 
 @torch.inference_mode()
-def predict(run, images, mirror=False):
-    """Return the logits (N, 10), fp32, of prepared images (N, 3, 32, 32), or of their mirror images."""
+def predict_logits(run, images, tta=False):
+    """Return the averaged model's logits (N, 10); `tta` averages in those of mirror images."""
+    if tta:
+        return (predict_logits(run, images) + predict_logits(run, images.flip(-1))) / 2
     run.averaged.eval()
-    logits = []
-    for batch in images.split(EVAL_BATCH_SIZE):
-        with run.autocast():
-            logits.append(run.averaged(batch.flip(-1) if mirror else batch).float())
-    return torch.cat(logits)
+    with run.autocast():
+        return torch.cat([run.averaged(batch).float() for batch in images.split(2000)])
 
 
-def accuracy(logits, labels):
-    """Return the fraction of the rows of logits (N, 10) whose largest is that of the label (N,)."""
-    return (logits.argmax(1) == labels).sum().item() / len(labels)
-
-
-def evaluate(run):
-    """Return `test_loss` (the cross-entropy trained on, smoothing included), `test_accuracy` and `test_seconds`."""
+def evaluate_run(run, tta=False):
+    """Return `test_loss` (with label smoothing), `test_accuracy` and `test_seconds`."""
     started = time.perf_counter()
-    logits = predict(run, run.test.images)
-    loss = F.cross_entropy(logits, run.test.labels, label_smoothing=run.recipe.label_smoothing).item()
-    return {"test_loss": loss, "test_accuracy": accuracy(logits, run.test.labels),
+    logits, labels = predict_logits(run, run.test.images, tta), run.test.labels
+    loss = F.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing).item()
+    return {"test_loss": loss,
+            "test_accuracy": (logits.argmax(1) == labels).sum().item() / len(labels),
             "test_seconds": time.perf_counter() - started}
 
 
-def epochs(run, rates, on_step=None):
-    """Train `run` to the end of its recipe. Yields a row after each epoch: a dictionary of what it learned and took.
+def train_epochs(run, rates, on_step=None):
+    """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
-    `train_loss` and `train_accuracy` are means over the augmented images, `lr` is the last step's, `elapsed_seconds`
-    are those of `run.seconds`. A run that has trained some epochs already goes on after them.
-    `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a tensor, stalls a GPU.
-    Raises Diverged where a loss is NaN or infinite: at that step on a CPU, after the epoch on a GPU.
+    A run goes on after the epochs it has trained; it cannot go on in the middle of one.
+    `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a
+    tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
-    recipe, images, steps = run.recipe, len(run.training.labels), run.steps_per_epoch
-    sizes = torch.tensor([len(batch) for batch in run.training.labels.split(recipe.batch_size)], dtype=torch.double)
-    run.optimizer.param_groups[0]["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
+    recipe, steps, image_count = run.recipe, run.steps_per_epoch, len(run.training.labels)
+    if not 0 < rates.lr_min <= rates.lr_max:
+        raise UserError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, which is "
+                        f"{rates.lr_max:.3g}")
+    for group in run.optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
+    prepare_training(run)
     while run.epoch < recipe.epochs:
-        epoch = run.epoch + 1
-        schedule = plan_epoch(recipe, rates, epoch, steps)
-        losses, correct = [], 0
-        started = time.perf_counter()
-        for loss, right in take_steps(run, augmented_batches(recipe, run.training, run.seed, epoch), schedule):
-            losses.append(loss)
+        if run.mid_epoch:
+            raise ValueError("an epoch of this run was interrupted; go back to a saved state()")
+        run.mid_epoch, started = True, time.perf_counter()
+        losses, sizes, lrs, correct = [], [], [], 0
+        for images, labels in augmented_batches(recipe, run.training, run.seed, run.epoch + 1):
+            step = run.epoch * steps + len(losses)
+            lr, beta1 = scheduled_rates(recipe, rates, step, steps)
+            loss, right = train_step(run, images, labels, lr, beta1)
+            average_weights(run, step + 1)
+            losses.append(loss), sizes.append(len(labels)), lrs.append(lr)
             correct += right
-            average_weights(run, run.epoch * steps + len(losses))
             if on_step:
-                on_step(len(losses), steps, schedule[len(losses) - 1][0], loss)
+                on_step(len(losses), steps, lr, loss)
             if run.device == "cpu" and not loss.isfinite():
                 break
-        losses = torch.stack(losses).cpu().double()
-        seconds = time.perf_counter() - started  # reading the losses waited for the device
-        for step, loss in enumerate(losses.tolist()):
+
+        losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
+        seconds = time.perf_counter() - started
+        metrics = evaluate_run(run)
+        for step, loss in enumerate([*losses.tolist(), metrics["test_loss"]]):
             if not math.isfinite(loss):
-                raise Diverged(epoch, step + 1, schedule[step][0])
-        evaluated = evaluate(run)
-        if not math.isfinite(evaluated["test_loss"]):
-            raise Diverged(epoch, steps, schedule[-1][0])
-        run.epoch, run.seconds = epoch, run.seconds + seconds
-        yield {"epoch": epoch, "lr": schedule[-1][0],
-               "train_loss": (losses @ sizes).item() / images, "train_accuracy": correct.item() / images,
-               "train_seconds": seconds, "images_per_second": images / seconds,
-               **evaluated, "elapsed_seconds": run.seconds}
+                step = min(step, len(lrs) - 1)  # the last one has made the test loss infinite
+                raise Diverged(f"the loss became NaN or infinite at epoch {run.epoch + 1}, step "
+                               f"{step + 1}, learning rate {lrs[step]:.3g}.\nTry a lower LRMAX "
+                               "(--lr-max) or full precision (--precision fp32).")
+        run.epoch, run.seconds, run.mid_epoch = run.epoch + 1, run.seconds + seconds, False
+        sizes = torch.tensor(sizes, dtype=torch.double, device="cpu")
+        train_loss = losses @ sizes / image_count
+        yield {"epoch": run.epoch, "lr": lrs[-1], "train_loss": train_loss.item(),
+               "train_accuracy": correct.item() / image_count, "train_seconds": seconds,
+               "images_per_second": image_count / seconds, **metrics,
+               "elapsed_seconds": run.seconds}
 
 
-# ==== THE PROGRAM =====================================================================================================
+# ==== THE PROGRAM =========================================================================
 
-MILESTONES = (0.90, 0.94)  # test accuracies whose time is reported; the last is the goal
+FORMAT = 2  # version of reports, checkpoints and weights
 TRAIN_IMAGES = 50_000  # in CIFAR-10
-STATUS_SECONDS = 1.0  # how often a terminal's status line asks for the loss, for which a GPU has to wait
-# The constants of the recipe that have no option of their own, with their defaults.
-CONSTANTS = {name: value for name, value in vars(Recipe()).items() if name not in ("epochs", "batch_size")}
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------
 
-def number(kind, interval):
-    """Return an argparse type that takes numbers, int or float, in an interval, see `lies_in`."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if lies_in(kind(text), interval):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number in {interval}")
-    return parse
-
-
-def recipe_constant(text):
-    """Parse NAME=VALUE into the name of a constant of the recipe and a value of its type; an argparse type."""
-    name, _, value = text.partition("=")
-    if name not in CONSTANTS:
-        raise argparse.ArgumentTypeError(f"{name!r} is no constant of the recipe; there are {', '.join(CONSTANTS)}")
-    kind = type(CONSTANTS[name])
-    with contextlib.suppress(ValueError):  # Recipe refuses what stays a text
-        value = tuple(map(float, value.split(","))) if kind is tuple else kind(value)
-    return name, value
+def make_parser():
+    """Return the parser of the command line. Each field of Recipe is an option."""
+    parser = argparse.ArgumentParser(prog="train.py", usage="%(prog)s [options]",
+                                     description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--recipe", choices=list(RECIPES), default="tuned", help="plain: without our additions")
+    add("--lr-max", type=float, metavar="X", help="peak learning rate; else a sweep finds it")
+    add("--lr-min", type=float, metavar="X", help=f"lowest one; else LRMAX / {LR_RATIO}")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
+    add("--runs", type=int, default=1, metavar="N", help="train N seeds in turn, from --seed on")
+    add("--subset", type=int, nargs="?", const=2000, metavar="N",
+        help="use the first N training images (2000 without N) and N/5 test images")
+    add("--holdout", type=int, default=0, metavar="N",
+        help="for tuning: evaluate on the last N training images instead of training on them")
+    add("--data-dir", default="data", metavar="DIR", help="folder of CIFAR-10 (default: data)")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: fastest")
+    add("--precision", choices=["auto", *DTYPES], default="auto",
+        help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
+    add("--checkpoint", metavar="FILE", help="save here after each epoch; continue from there")
+    add("--weights", metavar="FILE", help="save the trained weights here, for `load_weights`")
+    add("--output", metavar="FILE",
+        help="report to write, in JSON; else next to the checkpoint or a new file in results/")
+    add("--no-figures", action="store_false", dest="figures", help="draw no figures")
+    group = parser.add_argument_group(
+        "recipe", f"constants of the recipe; defaults of {' / '.join(RECIPES)} if they differ")
+    for field in dataclasses.fields(Recipe):
+        kind = type(field.default)
+        values = [format(getattr(recipe, field.name), ".4g" if kind is float else "")
+                  for recipe in RECIPES.values()]
+        shown = " / ".join(values if len(set(values)) > 1 else values[:1])
+        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind,
+                           metavar={int: "N", float: "X", str: "NAME"}[kind],
+                           default=argparse.SUPPRESS,
+                           help=f"{field.metadata['help']} (default: {shown})")
+    return parser
 
 
 def parse_arguments(argv=None):
-    """Return the configuration of the run, a namespace; exit with usage and code 2 where arguments make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.")
-
-    def option(name, help, shown_default="%(default)s", **keywords):
-        parser.add_argument(name, help=f"{help} (default: {shown_default})", **keywords)
-
-    option("--recipe", "tuned is this file's own, plain the one that was handed out", choices=list(RECIPES),
-           default="tuned", dest="recipe_name")
-    option("--epochs", "passes over the training images; 0 finds the learning rates and stops",
-           type=number(int, ALLOWED["epochs"]), default=Recipe.epochs, metavar="N")
-    option("--batch-size", "images in a step", f"{Recipe.batch_size}, or all training images where they are fewer",
-           type=number(int, ALLOWED["batch_size"]), metavar="N")
-    option("--lr-max", "peak learning rate", "found by the sweep", type=number(float, "(0, inf)"), metavar="RATE")
-    option("--lr-min", "first and last learning rate", "a fraction of LRMAX", type=number(float, "(0, inf)"),
-           metavar="RATE")
-    option("--seed", "of weights, shuffling and augmentation", type=number(int, "[0, 4294967295]"), default=0,
-           metavar="N")
-    option("--runs", "train N times, with seeds SEED, SEED + 1, ...", type=number(int, "[1, inf)"), default=1,
-           metavar="N")
-    option("--subset", "use the first N training images and N/5 test images; 2000 where N is left out", "all",
-           type=number(int, f"[5, {TRAIN_IMAGES}]"), nargs="?", const=2000, metavar="N")
-    option("--holdout", "train without the last N training images and evaluate on them, not on the test set",
-           type=number(int, "[0, inf)"), default=0, metavar="N")
-    option("--data-dir", "where CIFAR-10 is, or is downloaded to", type=Path, default=Path("data"), metavar="DIR")
-    option("--device", "auto is the fastest there is", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    option("--precision", "auto is bf16 on CUDA GPUs and x86 CPUs that have it, fp16 on older CUDA GPUs, else fp32",
-           choices=["auto", *DTYPES], default="auto")
-    option("--set", "give a constant of the recipe another value, a pair as A,B; may be given several times",
-           "the recipe as it stands", type=recipe_constant, action="append", default=[], metavar="NAME=VALUE")
-    option("--checkpoint", "save the state here after every epoch, and go on from it where it exists", "off",
-           type=Path, metavar="FILE")
-    option("--weights", "save the trained weights here, for `load_weights`", "off", type=Path, metavar="FILE")
-    option("--output", "JSON to write", "a new file in results/", type=Path, metavar="FILE")
-    option("--no-figures", "write the JSON alone", "figures too, with matplotlib", action="store_false", dest="figures")
-    config = parser.parse_args(argv)
-
-    if config.lr_min and config.lr_max and config.lr_min > config.lr_max:
-        parser.error(f"--lr-min {config.lr_min:g} is above --lr-max {config.lr_max:g}")
-    images = (config.subset or TRAIN_IMAGES) - config.holdout
-    if images < 1:
-        parser.error(f"--holdout {config.holdout} leaves nothing to train on, of {images + config.holdout} images")
-    config.batch_size = config.batch_size or max(2, min(Recipe.batch_size, images))
-    if config.batch_size > images:
-        parser.error(f"--batch-size {config.batch_size} is above the {images} training images")
+    """Return the recipe and the options, a namespace. Nonsense ends the process with code 2."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    options.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
+    given = {field.name: vars(options).pop(field.name) for field in dataclasses.fields(Recipe)
+             if hasattr(options, field.name)}
+    images = options.subset or TRAIN_IMAGES
+    bounds = {"seed": (0, 2**32 - 1), "runs": (1, 1000), "subset": (5, TRAIN_IMAGES),
+              "holdout": (0, images - 2), "lr_max": (1e-30, 1e30),
+              "lr_min": (1e-30, options.lr_max or 1e30)}
     try:
-        config.recipe = dataclasses.replace(RECIPES[config.recipe_name], epochs=config.epochs,
-                                            batch_size=config.batch_size, **dict(config.set))
+        for name, allowed in bounds.items():
+            if getattr(options, name) is not None:
+                check_value(name, getattr(options, name), type(allowed[0]), allowed)
+        images -= options.holdout
+        # Few images take smaller batches: an epoch of few steps learns nothing.
+        given.setdefault("batch_size", min(Recipe.batch_size, max(16, images // 32), images))
+        recipe = dataclasses.replace(RECIPES[options.recipe], **given)
+        check_value("batch_size", recipe.batch_size, int, (2, images))
+        choose_device(options.device, options.precision)
     except ValueError as error:
-        parser.error(f"argument --set: {error}")
-    del config.epochs, config.batch_size, config.set  # the recipe has them
-    if config.device == "auto":
-        config.device = choose_device()
-    if config.precision == "auto":
-        config.precision = choose_precision(config.device)
-    try:
-        check_device(config.device, config.precision)
-    except ValueError as error:
-        parser.error(f"--{error}")
-    if config.weights and not config.recipe.epochs:
-        parser.error("--weights: --epochs 0 trains none")
-    files = [os.path.realpath(path) for path in (config.output, config.checkpoint, config.weights) if path]
-    if len(set(files)) < len(files):
-        parser.error("--output, --checkpoint and --weights name the same file twice: each needs its own")
-    return config
+        parser.error(str(error))
+    name = options.checkpoint or f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
+    options.output = options.output or str(Path(name).with_suffix(".json"))
+    files = list(filter(None, [options.output, options.checkpoint, options.weights]))
+    if len(set(map(os.path.realpath, files))) < len(files):
+        parser.error("output, checkpoint and weights must be different files")
+    return recipe, options
 
 
-# Of a configuration, what has no influence on a run's result.
-NO_INFLUENCE = ("recipe_name", "runs", "data_dir", "output", "checkpoint", "weights", "figures")
+def load_images(options):
+    """Return what `load_cifar10` returns, or the sample, after --subset and --holdout."""
+    folder = Path(options.data_dir).expanduser()
+    folder = folder.parent if folder.name == CIFAR10.base_folder else folder
+    found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
+    count = options.subset or TRAIN_IMAGES
+    use_sample = count <= 2000 and not found and SAMPLE.exists()
+    if use_sample:
+        print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
+    training, test, classes = load_sample() if use_sample else load_cifar10(folder)
+    training = Split(*(values[:count] for values in training))
+    test = Split(*(values[:count // 5] for values in test))
+    if options.holdout:
+        test = Split(*(values[-options.holdout:] for values in training))
+        training = Split(*(values[:-options.holdout] for values in training))
+    return training, test, classes
 
 
-def recipe_values(recipe):
-    """Return a recipe as the report and the checkpoint have it, in values of JSON, which has no tuples or infinity."""
-    return {name: list(value) if isinstance(value, tuple) else str(value) if value == math.inf else value
-            for name, value in vars(recipe).items()}
+# ---- Files: report (JSON), checkpoint, weights -------------------------------------------
 
+def write_file(path, save=None):
+    """Write what `save(file)` writes, whole or not at all. Without `save`, only check the place.
 
-def describe(config):
-    """Return a configuration as the report and the checkpoint have it: a dictionary of plain values."""
-    recipe = recipe_values(config.recipe)
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
-    return {"epochs": recipe.pop("epochs"), "batch_size": recipe.pop("batch_size"), **values, "recipe": recipe}
-
-
-def select_images(config, training, test):
-    """Apply --subset and --holdout. Returns the images to train on, those to evaluate on, and a name for the latter."""
-    if config.subset:
-        training = Split(*(values[:config.subset] for values in training))
-        test = Split(*(values[:config.subset // 5] for values in test))
-    if not config.holdout:
-        return training, test, "test images"
-    return (Split(*(values[:-config.holdout] for values in training)),
-            Split(*(values[-config.holdout:] for values in training)), "held-out training images")
-
-
-# ---- Files: the report (JSON), the checkpoint, the weights -----------------------------------------------------------
-
-def write_file(path, fill=None):
-    """Write what `fill(file)` puts into it so that the file is whole at every moment: a reader never sees half of it.
-
-    Makes its folder; a link stays, and the file that it stands for is written. Without `fill` nothing else is done,
-    which tells beforehand whether it can be. Raises UserError where it cannot; a device or a pipe is no file.
+    A reader never sees half a file. Raise UserError if it cannot be written.
     """
-    content = io.BytesIO()  # torch.save into a file would say of a full disk "unexpected pos"
-    if fill:
-        fill(content)
+    content, target = io.BytesIO(), Path(path).resolve()  # a link stays; its target is written
+    if save:
+        save(content)
     try:
-        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise OSError("it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(target) and not target.is_file():  # a link to itself is there but does not exist
-            raise OSError("it is there and not a file")
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-", suffix=".tmp") as folder:
-            if fill:
-                (Path(folder) / target.name).write_bytes(content.getbuffer())
-                (Path(folder) / target.name).replace(target)
-    except (OSError, RuntimeError) as error:  # the latter for a link to itself
-        raise UserError(f"cannot write {path} ({error}).\nChoose another place for it.") from None
-
-
-def write_json(path, content):
-    """Write strict JSON (no NaN)."""
-    write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as scratch:
+            temporary = Path(scratch) / target.name
+            temporary.write_bytes(content.getbuffer())
+            if save:
+                temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}).\nChoose another file.") from None
 
 
 def save_weights(path, run, classes):
-    """Write all that classifying images takes."""
-    content = {"recipe": dataclasses.asdict(run.recipe), "weights": run.averaged.state_dict(), "mean": run.mean,
-               "std": run.std, "classes": classes}
+    """Write all that is needed to classify images."""
+    content = {"format": FORMAT, "recipe": dataclasses.asdict(run.recipe), "classes": classes,
+               "weights": run.averaged.state_dict(), "mean": run.mean, "std": run.std}
     write_file(path, lambda file: torch.save(content, file))
 
 
 def load_weights(path, device="cpu"):
-    """Return from a file of `--weights` the model, ready to classify images, their mean and std, and the class names.
+    """Read a file of `--weights`. Return the model, mean, std and class names.
 
-    The model takes what `normalise(images, mean, std)` makes of uint8 images (N, 3, 32, 32).
+    The model takes `normalize_images(images, mean, std)` of uint8 images (N, 3, 32, 32).
     """
     saved = torch.load(path, map_location=device, weights_only=True)
-    model = ResNet(Recipe(**saved["recipe"])).to(device, memory_format=memory_format(device))
-    model.load_state_dict(saved["weights"])
+    model = ResNet(Recipe(**saved["recipe"]), len(saved["classes"]))
+    model.to(device, memory_format=memory_format(device)).load_state_dict(saved["weights"])
     return model.eval().requires_grad_(False), saved["mean"], saved["std"], saved["classes"]
 
 
-def new_report(config, run, evaluated_on):
+def script_commit():
+    """Return the git commit that last changed this file, with a + if it has changed since."""
+    def ask_git(*arguments):
+        script = Path(__file__).resolve()
+        return subprocess.run(["git", *arguments, "--", script.name], cwd=script.parent,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    with contextlib.suppress(NameError, OSError, subprocess.CalledProcessError):  # no git
+        return ask_git("log", "-1", "--format=%h") + "+" * bool(ask_git("status", "--porcelain"))
+
+
+def peak_memory(device):
+    """Return the most memory used so far, in bytes: of an NVIDIA GPU, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def new_report(options, run):
     """Return the report of a run that has not trained."""
     cpu_name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    device_name = (torch.cuda.get_device_name() if config.device == "cuda"
-                   else cpu_name or platform.processor() or platform.machine())
-    return {"config": {**describe(config), "peak_epoch": run.recipe.peak_fraction * run.recipe.epochs},
-            "environment": {"python": platform.python_version(), "torch": str(torch.__version__),
-                            "torchvision": torchvision.__version__, "numpy": np.__version__,
-                            "device": config.device, "device_name": device_name, "precision": config.precision,
-                            "threads": torch.get_num_threads()},
-            "data": {"train_images": len(run.training.labels), "test_images": len(run.test.labels),
-                     "mean": run.mean.tolist(), "std": run.std.tolist(), "evaluated_on": evaluated_on},
-            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-            "lr_sweep": None, "epochs": [],
-            "summary": {"status": "running", "tta_test_accuracy": None, "preprocess_seconds": run.seconds,
-                        "sweep_seconds": 0.0, "total_seconds": 0.0}}
+    return {
+        "format": FORMAT,
+        "config": {"recipe": dataclasses.asdict(run.recipe), "options": dict(vars(options))},
+        "environment": {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "commit": script_commit(), "system": platform.platform(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__, "numpy": np.__version__,
+            "cudnn": torch.backends.cudnn.version(), "device": run.device,
+            "device_name": (torch.cuda.get_device_name() if run.device == "cuda"
+                            else cpu_name or platform.processor() or platform.machine()),
+            "precision": next(name for name in DTYPES if DTYPES[name] == run.dtype),
+            "threads": torch.get_num_threads()},
+        "data": {"train_images": len(run.training.labels), "test_images": len(run.test.labels),
+                 "evaluated_on": ("held-out training" if options.holdout else "test") + " images",
+                 "mean": run.mean.tolist(), "std": run.std.tolist()},
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "rates": None, "lr_sweep": None, "epochs": [],
+        "summary": {"final_test_accuracy": None, "tta_test_accuracy": None, "sweep_seconds": 0.0,
+                    "preprocess_seconds": run.seconds, "total_seconds": 0.0}}
 
 
-def summarise(report, status):
-    """Bring the summary of a report up to date with its epochs."""
-    rows, summary = report["epochs"], report["summary"]
-    best = max(rows, key=lambda row: row["test_accuracy"], default=None)
-    first = {f"{goal:.2f}": next((row for row in rows if row["test_accuracy"] >= goal), None) for goal in MILESTONES}
-    summary.update(
-        status=status,
-        final_test_accuracy=rows[-1]["test_accuracy"] if rows and status == "complete" else None,
-        best_test_accuracy=best and best["test_accuracy"], best_epoch=best and best["epoch"],
-        train_seconds=sum(row["train_seconds"] for row in rows),
-        seconds_to={goal: row and row["elapsed_seconds"] for goal, row in first.items()},
-        epochs_to={goal: row and row["epoch"] for goal, row in first.items()})
+def summarize_epochs(rows, images):
+    """Return what the epochs of a report, each of so many images, say of the whole run."""
+    seconds = sum(row["train_seconds"] for row in rows)
+    first = {f"{goal:.2f}": next((row for row in rows if row["test_accuracy"] >= goal), {})
+             for goal in (0.90, 0.94)}
+    return {"train_seconds": seconds,
+            "images_per_second": len(rows) * images / seconds if rows else None,
+            "seconds_to": {goal: row.get("elapsed_seconds") for goal, row in first.items()},
+            "epochs_to": {goal: row.get("epoch") for goal, row in first.items()}}
 
 
-def load_checkpoint(config, run, report):
-    """Bring `run` and `report` to where the checkpoint was saved. Returns where that report was written.
-
-    Raises UserError where the file is no checkpoint, or one of a run with another configuration.
-    """
-    advice = "Delete it or choose another --checkpoint."
+def load_checkpoint(path, run, report):
+    """Bring `run` and `report` to where the checkpoint was saved, or raise UserError."""
+    def identity(report):  # what a run shares with the one that continues it
+        values = {**report["config"]["options"], **report["data"], **report["environment"]}
+        names = "seed lr_max lr_min train_images test_images evaluated_on device precision"
+        return {**report["config"]["recipe"], **{name: values[name] for name in names.split()}}
     try:
-        saved = torch.load(config.checkpoint, map_location=run.device, weights_only=True)
-        then, now = ({**given, **given["recipe"]} for given in (saved["config"], describe(config)))
-        differences = [f"{name} {then.get(name)}, not {now.get(name)}"
-                       for name in sorted((then.keys() | now.keys()) - {"recipe", *NO_INFLUENCE})
-                       if then.get(name) != now.get(name)]
-        if not differences:
+        saved = torch.load(path, map_location=run.device, weights_only=True)
+        then, now = identity(saved["report"]), identity(report)
+        wrong = [f"{name} {then[name]}, not {now[name]}" for name in now
+                 if then[name] != now[name]]
+        if not wrong:
             run.load_state(saved["run"])
-            old = saved["report"]
-            report.update(lr_sweep=old["lr_sweep"], epochs=old["epochs"], summary=old["summary"])
-            report["config"].update({name: old["config"][name] for name in ("lr_min", "lr_max", "weight_decay")})
-            return Path(old["config"]["output"])
-    except Exception as error:  # what a damaged file raises is of many kinds
-        raise UserError(f"{config.checkpoint} is not a checkpoint of this script ({type(error).__name__}).\n"
-                        f"{advice}") from None
-    raise UserError(f"{config.checkpoint} is of a run with {'; '.join(differences)}.\n{advice}")
+            for section in ("rates", "lr_sweep", "epochs", "summary"):
+                report[section] = saved["report"][section]
+    except Exception as error:  # a damaged file raises errors of many types
+        wrong = [f"something else than a run ({type(error).__name__})"]
+    if wrong:
+        raise UserError(f"{path} is a checkpoint of {'; '.join(wrong)}.\n"
+                        f"Delete it or choose another --checkpoint.")
 
 
-# ---- The screen ------------------------------------------------------------------------------------------------------
+# ---- Screen ------------------------------------------------------------------------------
 
-def in_notebook():
-    """Tell whether this code was pasted into a notebook cell: IPython is there and no file is."""
-    return hasattr(builtins, "__IPYTHON__") and "__file__" not in globals()
+IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
 
 
-def overwrite(text):
-    """Show `text` in place of the line that a terminal shows; do nothing where output is no terminal."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1  # a longer text would go on in a line that is not overwritten
-        with contextlib.suppress(OSError):  # the terminal may have been closed
-            print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
+def show_status(text):
+    """Show `text` in place of the last line of a terminal or of a notebook's output."""
+    if IN_NOTEBOOK or getattr(sys.stdout, "isatty", bool)():
+        width = shutil.get_terminal_size().columns - 1  # a longer text would start a new line
+        print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
-def status_line(run, sweeping=False):
-    """Return an `on_step` for `find_rates` or `epochs` that keeps a terminal's last line up to date."""
-    begun = shown = time.perf_counter()
+def show_progress(run, sweeping=False):
+    """Return an `on_step` that shows step, loss, speed and time left once a second."""
+    started = shown = time.perf_counter()
 
     def on_step(step, steps, lr, loss):
-        nonlocal begun, shown
+        nonlocal started, shown
         now = time.perf_counter()
         if step == 1:
-            begun = now  # a new epoch; its first step is not in the speed, as it may warm up
-        elif now - shown > STATUS_SECONDS:
-            epochs_after = 0 if sweeping else run.recipe.epochs - run.epoch - 1
-            per_second = (step - 1) / (now - begun)
-            minutes, seconds = divmod(round((steps - step + steps * epochs_after) / per_second), 60)
-            overwrite(f"{'sweep' if sweeping else f'epoch {run.epoch + 1}/{run.recipe.epochs}'}  step {step}/{steps}  "
-                      f"learning rate {lr:.1e}  loss {loss:.3f}  {per_second * run.recipe.batch_size:,.0f} images/s  "
-                      f"{minutes}:{seconds:02} left")
-            shown = time.perf_counter()
+            started = now  # the first step of an epoch may warm up, so it does not count
+        elif now - shown > 1:
+            shown, speed = now, (step - 1) / (now - started)
+            epochs_left = 0 if sweeping else run.recipe.epochs - run.epoch - 1
+            left = round((steps - step + steps * epochs_left) / speed)
+            show_status(f"{'sweep' if sweeping else f'epoch {run.epoch + 1}'}, step {step} of "
+                        f"{steps}, learning rate {lr:.1e}, loss {loss:.3f}, "
+                        f"{speed * run.recipe.batch_size:,.0f} images/s, "
+                        f"{left // 60}:{left % 60:02} left")
     return on_step
 
 
 def print_heading(report):
-    """Print what is being run, and on what."""
-    config, data, environment = report["config"], report["data"], report["environment"]
-    usual = recipe_values(RECIPES[config["recipe_name"]])
-    changed = [f", {name} {value} instead of {usual[name]}" for name, value in config["recipe"].items()
-               if value != usual[name]]
-    print(f"recipe     {config['recipe_name']}{''.join(changed)}\n"
-          f"model      custom ResNet, {report['parameters']:,} parameters, seed {config['seed']}\n"
-          f"device     {environment['device']} ({environment['device_name']}), {environment['precision']}, "
-          f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}, PyTorch {environment['torch']}\n"
-          f"data       {data['train_images']:,} training images, {data['test_images']:,} {data['evaluated_on']}\n"
-          f"report     {config['output']}")
-    if environment["device"] == "cpu" and environment["precision"] not in ("fp32", choose_precision("cpu")):
-        print(f"slow       unless this CPU has instructions for {environment['precision']}: without them it takes many "
-              f"times as long as --precision fp32")
+    """Print what is run, and on what."""
+    recipe, options = report["config"]["recipe"], report["config"]["options"]
+    data, device = report["data"], report["environment"]
+    changed = [f", {name} {value}" for name, value in recipe.items()
+               if value != getattr(RECIPES[options["recipe"]], name)]
+    print(f"recipe   {options['recipe']}{''.join(changed)}\n"
+          f"network  {report['parameters']:,} parameters, seed {options['seed']}\n"
+          f"device   {device['device']} ({device['device_name']}), {device['precision']}, "
+          f"PyTorch {device['torch']}\n"
+          f"data     {data['train_images']:,} training images, "
+          f"{data['test_images']:,} {data['evaluated_on']}\n"
+          f"report   {options['output']}")
 
 
-# The columns of the table on the screen: what they show of an epoch's row, their heading and format.
-COLUMNS = (("epoch", "epoch", "d"), ("lr", "lr", ".2g"), ("train_loss", "train loss", ".4f"),
-           ("train_accuracy", "train acc", ".2%"), ("test_loss", "test loss", ".4f"),
-           ("test_accuracy", "test acc", ".2%"), ("train_seconds", "train s", ".1f"),
-           ("test_seconds", "test s", ".1f"), ("images_per_second", "images/s", ",.0f"),
-           ("elapsed_seconds", "total s", ".1f"))
+TABLE_HEADING = """\
+       learning  training  training      test      test   epoch  images   total
+epoch      rate      loss  accuracy      loss  accuracy seconds /second seconds"""
+TABLE_ROW = ("{epoch:5}{lr:10.2g}{train_loss:10.4g}{train_accuracy:10.2%}{test_loss:10.4g}"
+             "{test_accuracy:10.2%}{train_seconds:8.1f}{images_per_second:8,.0f}"
+             "{elapsed_seconds:8.1f}")
 
 
-def format_row(row):
-    """Return one epoch as a line of the table, each column as wide as its heading or 7 characters."""
-    return "  ".join(format(row[name], layout).rjust(max(7, len(heading))) for name, heading, layout in COLUMNS)
-
-
-def print_table_head(report):
-    """Print the rates that training takes, the table's headings, and the epochs that a checkpoint brought."""
-    config, sweep = report["config"], report["lr_sweep"]
-    overwrite("")
-    if sweep:
-        print(f"sweep      {len(sweep['lr'])} steps in {report['summary']['sweep_seconds']:.1f} s: the loss fell from "
-              f"{sweep['smoothed_loss'][0]:.2f} to {min(sweep['smoothed_loss']):.2f}")
-    peak = f" at epoch {config['peak_epoch']:g} of {config['epochs']}" if config["epochs"] else ""
-    print(f"rates      LRMIN {config['lr_min']:.3g}, LRMAX {config['lr_max']:.3g}{peak}, "
-          f"weight decay {config['weight_decay']:.3g}")
-    if config["epochs"]:
-        print("total s    is preprocessing and training, without the sweep and the evaluations")
-        print("  ".join(heading.rjust(7) for _, heading, _ in COLUMNS))
-        for row in report["epochs"]:
-            print(format_row(row))
+def print_rates(report):
+    """Print the learning rates, the table's heading, and the epochs trained so far."""
+    recipe, rates = report["config"]["recipe"], report["rates"]
+    show_status("")
+    print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g} at epoch "
+          f"{recipe['peak_fraction'] * recipe['epochs']:.3g} of {recipe['epochs']}, "
+          f"weight decay {rates['weight_decay']:.3g}")
+    if recipe["epochs"]:
+        print(TABLE_HEADING)
+    for row in report["epochs"]:
+        print(TABLE_ROW.format(**row))
 
 
 def print_summary(report):
     """Print how a run that trained ended."""
     summary = report["summary"]
-    if report["epochs"]:
-        sweep = f"{summary['sweep_seconds']:.1f} s of sweep"
-        print(f"final      {summary['final_test_accuracy']:.2%} of the {report['data']['evaluated_on']} "
-              f"({summary['tta_test_accuracy']:.2%} with the mirror image averaged in)\n"
-              f"time       {summary['train_seconds']:.1f} s of training, {sweep}, "
-              f"{summary['total_seconds']:.1f} s in all")
-        for goal, epoch in summary["epochs_to"].items():
-            if epoch:
-                print(f"to {float(goal):.0%}     epoch {epoch}, {summary['seconds_to'][goal]:.1f} s after {sweep}")
+    print(f"final    {summary['final_test_accuracy']:.2%} of the "
+          f"{report['data']['evaluated_on']}, {summary['tta_test_accuracy']:.2%} with flip "
+          f"test-time augmentation\n"
+          f"time     {summary['train_seconds']:.1f} s of training, "
+          f"{summary['sweep_seconds']:.1f} s of sweep, {summary['total_seconds']:.1f} s in all")
+    for goal, epoch in summary["epochs_to"].items():
+        if epoch:
+            seconds = summary["seconds_to"][goal]
+            print(f"to {float(goal):.0%}   epoch {epoch}, {seconds:.1f} s without the sweep")
 
 
-def complain(message):
-    """Print to the standard error, where that is still open."""
-    with contextlib.suppress(OSError):
-        print(message, file=sys.stderr)
+# ---- Figures: next to the report, if matplotlib is installed -----------------------------
 
-
-# ---- Figures: beside the JSON, where matplotlib can be imported ------------------------------------------------------
-
-def to_pixels(images, mean, std):
-    """Turn normalised images (N, 3, H, W) back into colours (N, H, W, 3) from 0 to 1, a NumPy array."""
-    images = images.float().cpu() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
-    return images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def plot_sweep(figure, sweep, lr_min, lr_max):
-    """Draw the loss over the learning rate, with both rates that training took marked."""
-    axes = figure.subplots()
-    axes.semilogx(sweep["lr"], sweep["loss"], color="tab:blue", alpha=0.3, label="loss of each step")
+def plot_sweep(figure, report):
+    """Draw the loss over the learning rate, with LRMIN and LRMAX."""
+    axes, sweep, rates = figure.subplots(), report["lr_sweep"], report["rates"]
+    axes.semilogx(sweep["lr"], sweep["loss"], ".-", color="tab:blue", alpha=0.3, label="step")
     axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed")
-    axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
-    axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
-    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))  # a diverged end would flatten the rest
-    figure.legend(loc="outside lower center", ncols=4)  # inside it would hide a part of some sweep
-    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="training loss")
+    axes.axhline(1.03 * min(sweep["smoothed_loss"]), color="gray", linestyle=":",
+                 label="3% above the minimum")
+    for name, color in (("lr_min", "tab:green"), ("lr_max", "tab:red")):
+        label = f"{name.replace('_', '').upper()} {rates[name]:.2g}"
+        axes.axvline(rates[name], color=color, linestyle="--", label=label)
+    # The loss after divergence would flatten the rest.
+    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))
+    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)",
+             ylabel="training loss")
+    figure.legend(loc="outside lower center", ncols=3)
 
 
-def plot_curves(figure, rows, evaluated_on, label_smoothing):
-    """Draw loss and accuracy over the epochs, for training and for evaluation."""
-    epochs = [row["epoch"] for row in rows]
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, label in (("train", "training images, augmented"), ("test", evaluated_on)):
-        loss_axes.plot(epochs, [row[f"{name}_loss"] for row in rows], marker=".", label=label)
-        accuracy_axes.plot(epochs, [100 * row[f"{name}_accuracy"] for row in rows], marker=".", label=label)
-    accuracy_axes.axhline(100 * MILESTONES[-1], color="grey", linestyle=":", label=f"{MILESTONES[-1]:.0%}")
-    loss_axes.set(title="Loss", xlabel="epoch", ylabel=f"cross-entropy, smoothing {label_smoothing:g}")
-    accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="accuracy (%)")
-    for axes in (loss_axes, accuracy_axes):
+def plot_curves(figure, report):
+    """Draw loss, accuracy and learning rate over the epochs."""
+    rows, labels = report["epochs"], {"train": "training images, augmented",
+                                      "test": report["data"]["evaluated_on"]}
+    panels = {"Loss, with label smoothing": ("train_loss", "test_loss"),
+              "Accuracy": ("train_accuracy", "test_accuracy"),
+              "Learning rate at the end of each epoch": ("lr",)}
+    figure.suptitle(f"Seed {report['config']['options']['seed']}: accuracy "
+                    f"{rows[-1]['test_accuracy']:.2%} after epoch {rows[-1]['epoch']}")
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
+        for key in keys:
+            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=".",
+                      label=labels.get(key.split("_")[0]))
+        axes.set(title=title, xlabel="epoch", xlim=(0, len(rows) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
-
-
-def plot_schedule(figure, lrs, epochs):
-    """Draw the learning rate of every step of the run."""
-    axes = figure.subplots()
-    axes.plot([(step + 1) * epochs / len(lrs) for step in range(len(lrs))], lrs, marker="." if len(lrs) < 10 else None)
-    axes.set(title="One-cycle learning rate", xlabel="epoch", ylabel="learning rate", ylim=0)
-    axes.grid(alpha=0.3)
+        if title == "Accuracy":
+            axes.axhline(0.94, color="gray", linestyle=":", label="94%")
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        if len(keys) > 1:
+            axes.legend()
+        else:
+            axes.set_ylim(bottom=0)
 
 
 def plot_images(figure, run, images, captions, columns, title):
-    """Draw prepared images (N, 3, H, W) of a run in a grid, each under its caption."""
+    """Draw prepared images (N, 3, H, W) in a grid, each under its caption."""
+    pixels = images.float().cpu() * run.std.view(3, 1, 1) + run.mean.view(3, 1, 1)
+    pixels = pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, 3), colors from 0 to 1
     figure.suptitle(title)
-    grid = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, pixels, caption in zip(grid.flat, to_pixels(images, run.mean, run.std), captions):
-        axes.imshow(pixels, interpolation="nearest")
+    grid = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False,
+                           subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+    for axes, image, caption in zip(grid.flat, pixels, captions):
+        axes.imshow(image, interpolation="nearest")
         axes.set_title(caption, fontsize=8)
 
 
-def draw_figures(report, run, classes):
-    """Yield the figures of a finished run: the name of each, its size in inches, what plots it, and what of."""
-    config, rows, evaluated_on = report["config"], report["epochs"], report["data"]["evaluated_on"]
+def save_figures(run, report, classes):
+    """Write the figures next to the report, and show them in a notebook."""
+    from matplotlib.figure import Figure
+    options = report["config"]["options"]
+
+    def save_figure(name, size, plot, *content):
+        figure, output = Figure(size, dpi=120, layout="constrained"), Path(options["output"])
+        path = output.with_name(f"{output.stem}-{name}.png")
+        plot(figure, *content)
+        write_file(path, figure.savefig)
+        print(f"figure   {path}")
+        if IN_NOTEBOOK:
+            from IPython.display import Image, display
+            display(Image(filename=str(path)))
+
     if report["lr_sweep"]:
-        yield "sweep", (7, 4.5), plot_sweep, report["lr_sweep"], config["lr_min"], config["lr_max"]
-    if rows:
-        yield "curves", (11, 4.5), plot_curves, rows, evaluated_on, run.recipe.label_smoothing
-        rates = Rates(config["lr_min"], config["lr_max"])
-        lrs = [lr for row in rows for lr, _ in plan_epoch(run.recipe, rates, row["epoch"], run.steps_per_epoch)]
-        yield "schedule", (7, 4), plot_schedule, lrs, len(rows)
-    images, labels = next(augmented_batches(dataclasses.replace(run.recipe, batch_size=32), run.training, run.seed, 1))
-    yield ("augmented", (9, 5.8), plot_images, run, images, [classes[label] for label in labels.tolist()], 8,
-           "Training images after crop, flip and cutout")
-    if rows:
-        confidence, predicted = predict(run, run.test.images).softmax(1).max(1)
-        wrong = (predicted != run.test.labels).nonzero().flatten()[:10]
+        save_figure("sweep", (7, 4.5), plot_sweep, report)
+    if report["epochs"]:
+        save_figure("curves", (13, 4.2), plot_curves, report)
+        probability, predicted = predict_logits(run, run.test.images).softmax(1).max(1)
+        wrong = (predicted != run.test.labels).nonzero().flatten()[:10].tolist()
         captions = [f"{classes[run.test.labels[i]]}\ntaken for {classes[predicted[i]]}\n"
-                    f"with probability {confidence[i]:.2f}" for i in wrong.tolist()]
-        if captions:
-            yield ("misclassified", (9, 5), plot_images, run, run.test.images[wrong], captions, 5,
-                   f"The first misclassified {evaluated_on}: true class, predicted class")
+                    f"with probability {probability[i]:.2f}" for i in wrong]
+        if wrong:
+            save_figure("misclassified", (9, 5), plot_images, run, run.test.images[wrong],
+                        captions, 5, f"The first misclassified {report['data']['evaluated_on']}")
+    recipe = dataclasses.replace(run.recipe, batch_size=32)
+    images, labels = next(augmented_batches(recipe, run.training, run.seed, 1))
+    save_figure("augmented", (9, 5.8), plot_images, run, images, [classes[i] for i in labels],
+                8, "Training images after crop, flip and cutout")
 
 
-def save_figures(output, report, run, classes):
-    """Write the figures beside the report at `output` and show them in a notebook, or say in one line why not."""
-    try:
-        from matplotlib.figure import Figure
-        for name, size, plot, *content in draw_figures(report, run, classes):
-            figure, path = Figure(size, dpi=120, layout="constrained"), output.with_name(f"{output.stem}-{name}.png")
-            plot(figure, *content)
-            write_file(path, figure.savefig)
-            print(f"figure     {path}")
-            if in_notebook():
-                from IPython.display import Image, display
-                display(Image(filename=str(path)))
-    except ImportError:
-        print("figures    skipped: matplotlib is not installed (pip install matplotlib)")
-    except Exception as error:  # whatever matplotlib finds wrong, the run is done and its report written
-        print(f"figures    not drawn: {' '.join(str(error).split()) or type(error).__name__}")
+# ---- Running -----------------------------------------------------------------------------
+
+def choose_rates(run, options):
+    """Return the report's sections `rates` and `lr_sweep`; a sweep finds what is not given."""
+    if options.lr_max:
+        rates = Rates(options.lr_max / LR_RATIO, options.lr_max)
+    else:
+        print("sweep    finds the learning rates")
+        rates = find_rates(run, show_progress(run, sweeping=True))
+    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
+    sources = "given" if options.lr_max else "sweep", "given" if options.lr_min else "lr_max"
+    return {"lr_max": rates.lr_max, "lr_max_from": sources[0], "weight_decay": decay,
+            "lr_min": options.lr_min or rates.lr_min, "lr_min_from": sources[1]}, rates.sweep
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
-
-def choose_rates(config, run, report):
-    """Put into the report the rates that were given, what a sweep finds, and the weight decay that follows."""
-    lr_max = config.lr_max
-    if lr_max is None:
-        started = time.perf_counter()
-        found = find_rates(run, status_line(run, sweeping=True))
-        report["lr_sweep"], report["summary"]["sweep_seconds"] = found.sweep, time.perf_counter() - started
-        lr_max = found.lr_max
-    lr_min = config.lr_min or lr_max / config.recipe.lr_ratio
-    if lr_min > lr_max:
-        raise UserError(f"LRMIN {lr_min:.2g} is above LRMAX {lr_max:.2g}, which the sweep found.\n"
-                        f"Give --lr-max as well, or neither.")
-    report["config"].update(lr_min=lr_min, lr_max=lr_max,
-                            weight_decay=weight_decay(run.recipe, lr_max, run.steps_per_epoch))
-
-
-def train_once(config, data, output):
-    """Do one run: start or resume it, find the rates, train, and write the report. Returns that, of a diverged run too.
-
-    Raises UserError, KeyboardInterrupt and what PyTorch raises; the report on disk then says where it stood.
-    """
-    begun = time.perf_counter()
-    training, test, evaluated_on = select_images(config, *data[:2])
-    run = start(config.recipe, training, test, config.seed, config.device, config.precision)
-    report = new_report(config, run, evaluated_on)
-    resumed = config.checkpoint is not None and config.checkpoint.exists()
+def train_once(recipe, options, images):
+    """Train one seed on the `load_images`, or continue its checkpoint, and return its report."""
+    started = time.perf_counter()
+    for path in filter(None, [options.output, options.checkpoint, options.weights]):
+        write_file(path)  # fails now rather than after training
+    training, test, classes = images
+    run = start_run(recipe, training, test, options.seed, options.device, options.precision)
+    report = new_report(options, run)
+    resumed = options.checkpoint is not None and Path(options.checkpoint).exists()
     if resumed:
-        saved_output = load_checkpoint(config, run, report)
-        output = output if config.output else saved_output  # go on in the same file
-    report["config"]["output"], summary = str(output), report["summary"]
-    begun -= summary["total_seconds"]  # of the sittings before this one
+        load_checkpoint(options.checkpoint, run, report)
+    for name in ("sweep", "curves", "misclassified", "augmented"):  # figures of an earlier run
+        path = Path(options.output)
+        path.with_name(f"{path.stem}-{name}.png").unlink(missing_ok=True)
+    summary = report["summary"]
+    started -= summary["total_seconds"]  # of the sittings before this one
 
     def save(status, checkpoint=False):
-        summary["total_seconds"] = time.perf_counter() - begun
-        summarise(report, status)
-        write_json(output, report)
-        if checkpoint and config.checkpoint:
-            content = {"config": describe(config), "run": run.state(), "report": report}
-            write_file(config.checkpoint, lambda file: torch.save(content, file))
+        summary.update(summarize_epochs(report["epochs"], len(training.labels)), status=status,
+                       peak_memory_bytes=peak_memory(run.device),
+                       total_seconds=time.perf_counter() - started)
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        try:
+            write_file(options.output, lambda file: file.write(text.encode()))
+            if checkpoint and options.checkpoint:
+                content = {"format": FORMAT, "run": run.state(), "report": report}
+                write_file(options.checkpoint, lambda file: torch.save(content, file))
+        except UserError as error:
+            if status == "complete":
+                raise
+            print(f"warning  {error}")  # the next epoch tries again
 
     save("running")
+    print_heading(report)
     try:
-        print_heading(report)
-        if not resumed:
-            choose_rates(config, run, report)
+        if resumed:
+            print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
+        else:
+            sweep_started = time.perf_counter()
+            report["rates"], report["lr_sweep"] = choose_rates(run, options)
+            summary["sweep_seconds"] = time.perf_counter() - sweep_started
             save("running", checkpoint=True)
-        print_table_head(report)
-        rates = Rates(report["config"]["lr_min"], report["config"]["lr_max"])
-        for row in epochs(run, rates, status_line(run)):
+        print_rates(report)
+        rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+        for row in train_epochs(run, rates, show_progress(run)):
             report["epochs"].append(row)
-            overwrite("")
-            print(format_row(row))
+            show_status("")
+            print(TABLE_ROW.format(**row))
             save("running", checkpoint=True)
-        if report["epochs"]:
-            both_views = predict(run, run.test.images) + predict(run, run.test.images, mirror=True)
-            summary["tta_test_accuracy"] = accuracy(both_views, run.test.labels)
-            if config.weights:
-                save_weights(config.weights, run, data[2])
+        if recipe.epochs:
+            summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
+            summary["tta_test_accuracy"] = evaluate_run(run, tta=True)["test_accuracy"]
+        if options.weights:
+            save_weights(options.weights, run, classes)
         save("complete")
-    except Diverged as divergence:
-        overwrite("")
-        summary["diverged"] = divergence.where
-        save("diverged")
-        complain(f"error: {divergence}")
-        return report
-    except BaseException:
-        save("interrupted")
-        overwrite("")
+    except BaseException as error:
+        show_status("")
+        save("diverged" if isinstance(error, Diverged) else "interrupted")
+        if isinstance(error, KeyboardInterrupt) and options.checkpoint:
+            print(f"stopped  the same command continues from {options.checkpoint}")
         raise
-
-    print_summary(report)
-    if config.figures:
-        save_figures(output, report, run, data[2])
+    if recipe.epochs:
+        print_summary(report)
+    if options.figures:
+        try:
+            save_figures(run, report, classes)
+        except Exception as error:  # the run is complete and its report is written
+            print(f"figures  none ({error}); they need matplotlib (pip install matplotlib)")
     return report
 
 
-def report_runs(reports, path):
-    """Print and write to `path` the statistics of several runs, the accuracies' of those that did not diverge."""
-    configs, summaries = [report["config"] for report in reports], [report["summary"] for report in reports]
-    shared = {name: value for name, value in configs[0].items() if all(config[name] == value for config in configs)}
-    diverged = [config["seed"] for config, summary in zip(configs, summaries) if summary["status"] == "diverged"]
-    statistic = {"runs": len(reports), "diverged": diverged, "config": {**shared, "output": str(path)},
-                 "environment": reports[0]["environment"]}
-    for name in ("seed", "lr_max", "lr_min"):
-        statistic[name] = [config[name] for config in configs]
-    for name in ("final_test_accuracy", "tta_test_accuracy", "train_seconds", "epochs_to"):
-        statistic[name] = [summary[name] for summary in summaries]
-    print(f"{f'{len(reports)} runs':<11}LRMAX {min(statistic['lr_max']):.3g} to {max(statistic['lr_max']):.3g}, "
-          f"LRMIN {min(statistic['lr_min']):.3g} to {max(statistic['lr_min']):.3g}")
-    if diverged:
-        print(f"{'':<11}{len(diverged)} diverged, not in the statistics: seed {', '.join(map(str, diverged))}")
-    accuracies = [value for value in statistic["final_test_accuracy"] if value is not None]
-    if accuracies:
-        statistic.update(mean=statistics.fmean(accuracies), min=min(accuracies), max=max(accuracies),
-                         std=statistics.stdev(accuracies) if len(accuracies) > 1 else None, goal=MILESTONES[-1],
-                         reached_goal=sum(value >= MILESTONES[-1] for value in accuracies))
-        spread = f"standard deviation {statistic['std']:.2%}, " if len(accuracies) > 1 else ""
-        print(f"{'':<11}mean {statistic['mean']:.2%}, {spread}"
-              f"min {statistic['min']:.2%}, max {statistic['max']:.2%}; "
-              f"{statistic['reached_goal']} of {len(reports)} reached {MILESTONES[-1]:.0%}")
-    write_json(path, statistic)
-    print(f"report     {path}")
-
-
-def run_seeds(config):
-    """Do all the runs of a configuration. Returns the exit code: 1 where one of them diverged."""
-    output = config.output or Path("results") / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{config.device}.json"
-    for path in filter(None, [output, config.checkpoint, config.weights]):
-        write_file(path)  # fails now rather than after training
-    data = load_cifar10(config.data_dir)
-    reports = []
-    for seed in range(config.seed, config.seed + config.runs):
-        def own(path):  # each of several runs has files of its own, with the seed in their names
-            return path.with_name(f"{path.stem}-seed{seed}{path.suffix}") if path and config.runs > 1 else path
-        files = {"checkpoint": own(config.checkpoint), "weights": own(config.weights)}
-        reports.append(train_once(argparse.Namespace(**{**vars(config), **files, "seed": seed}), data, own(output)))
-    if config.runs > 1:
-        report_runs(reports, output)
-    return int(any(report["summary"]["status"] == "diverged" for report in reports))
-
-
 def main(argv=None):
-    """Run the script with the given arguments (default: the command line's). Returns the exit code."""
-    config = parse_arguments(argv)
-    try:
-        return run_seeds(config)
-    except KeyboardInterrupt as interruption:
-        complain("\ninterrupted")
-        return 128 + (interruption.args[0] if interruption.args else signal.SIGINT)
-    except BrokenPipeError:
-        complain("error: nobody reads the output any more. Write it to a file (> run.log) to train without a reader.")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of it once more
-    except (UserError, OSError) as error:
-        complain(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "can't allocate memory")  # PyTorch's, the latter on CPUs
-        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
-            raise
-        complain(f"error: out of memory on {config.device}: try a smaller --batch-size than "
-                 f"{config.recipe.batch_size}.")
-    return 1
+    """Run the script with the given arguments, by default those of the command line.
+
+    With --runs, the seed is added to the names of files. If a seed diverges, the others run.
+    """
+    recipe, options = parse_arguments(argv)
+    images, accuracies, failure = load_images(options), [], None
+    for seed in range(options.seed, options.seed + options.runs):
+        own = argparse.Namespace(**{**vars(options), "seed": seed})
+        for name in ("output", "checkpoint", "weights") if options.runs > 1 else ():
+            if path := getattr(options, name):
+                setattr(own, name, str(Path(path).with_stem(f"{Path(path).stem}-seed{seed}")))
+        try:
+            report = train_once(recipe, own, images)
+            accuracies.append(report["summary"]["final_test_accuracy"])
+        except Diverged as divergence:
+            print(f"failed   seed {seed} diverged")
+            failure = divergence
+    if recipe.epochs and len(accuracies) > 1:
+        deviation, count = statistics.stdev(accuracies), len(accuracies)
+        print(f"{count} runs   mean {statistics.fmean(accuracies):.2%}, standard deviation "
+              f"{deviation:.2%}, standard error {deviation / count ** 0.5:.2%}, "
+              f"{sum(value >= 0.94 for value in accuracies)} at 94% or more")
+    if failure:
+        raise failure
 
 
-def settle_in():
-    """Set up a process of our own: signals that end it do so as Ctrl-C does, and output never fails over a letter."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):  # Windows lacks the latter
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(number, interrupt)
-    if hasattr(sys.stdout, "reconfigure"):  # it is None where output is closed, and something else under IPython's %run
-        # A path may have letters that the terminal has not; a line is to appear when it is done.
+def run_process():
+    """Run the script as a process: an error becomes a sentence and an exit code."""
+    if not IN_NOTEBOOK:  # where %run starts it in the notebook's process
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory|^$", str(error), re.IGNORECASE):
+            raise
+        sys.exit("error: out of memory. Try a smaller --batch-size.")
 
 
 if __name__ == "__main__":
-    if in_notebook():
-        main([])  # the kernel's own sys.argv is not meant for this; for other options call main(["--epochs", "10"])
+    if "get_ipython" in globals():  # pasted into a cell, where sys.argv is the notebook's
+        main([])  # for other options, call main(["--epochs", "10"]) in the next cell
     else:
-        settle_in()
-        sys.exit(main())
+        run_process()
