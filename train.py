@@ -1,11 +1,11 @@
-"""Train the custom DawnBench ResNet on CIFAR-10 under the one-cycle policy.
+"""Train a small residual network on CIFAR-10 under the one-cycle policy.
 
     python train.py --epochs 24 --batch-size 512
 
-How to read this file: it has two halves. The method comes first, in the order in which it
-runs: recipe, data, augmentation, model, run, one-cycle, sweep, training. `train_step` takes
-one optimizer step; the sweep (`find_rates`) and the training loop (`train_epochs`) call it.
-The program around the method follows: command line, files, screen, figures, and `main`.
+How to read this file: it has two halves. The method comes first: recipe, data, augmentation,
+model, run, one-cycle, sweep, evaluation and training. `train_step` takes one optimizer step;
+the sweep (`find_rates`) and the training loop (`train_epochs`) call it. The program around
+the method follows: command line, files, screen, figures, and `main`.
 After `import train`, an experiment of your own calls `start_run`, `find_rates` and
 `train_epochs`, as `main` does.
 """
@@ -46,7 +46,7 @@ from torchvision.datasets.utils import check_integrity
 
 # ==== THE METHOD ==========================================================================
 
-# ---- Recipe: each constant of a run, once ------------------------------------------------
+# ---- Recipe: each field becomes an option of the command line ----------------------------
 
 def recipe_field(default, allowed, help):
     """Return a field of Recipe; `allowed` is its lowest and highest value, or its names."""
@@ -58,17 +58,16 @@ def check_value(name, value, kind, allowed):
     if kind is str:
         valid, wanted = value in allowed, f"one of {', '.join(allowed)}"
     else:
-        number = numbers.Integral if kind is int else numbers.Real  # NumPy's are numbers, too
+        number = numbers.Integral if kind is int else numbers.Real
         valid = isinstance(value, number) and allowed[0] <= value <= allowed[1]
-        noun = "an integer" if kind is int else "a number"
-        wanted = f"{noun} from {allowed[0]} to {allowed[1]}"
+        wanted = f"{'an integer' if kind is int else 'a number'} from {allowed[0]} to {allowed[1]}"
     if not valid:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The constants of a run: `Recipe()` is the tuned recipe, RECIPES has all of them.
+    """The constants of a run. `Recipe()` is the tuned recipe; RECIPES has the others, too.
 
     `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises ValueError.
     """
@@ -94,7 +93,7 @@ class Recipe:
     logit_scale: float = recipe_field(0.125, (1e-6, 1e6), "the logits are multiplied by this")
     initialization: str = recipe_field("identity", ("identity", "pytorch"), "identity: the "
                                        "first layer whitens, the others pass their input on")
-    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "border to crop from")
+    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "fills the border")
     flips: str = recipe_field("alternating", ("alternating", "random"), "horizontal flips")
     cutout: int = recipe_field(8, (0, 31), "side of the blanked square, in pixels")
 
@@ -102,6 +101,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["allowed"]
             check_value(field.name, value, type(field.default), allowed)
+            # The class is frozen. The conversion makes numbers of NumPy Python's own.
             object.__setattr__(self, field.name, type(field.default)(value))
 
 
@@ -172,7 +172,7 @@ def download_cifar10(data_dir):
             CIFAR10(scratch, download=True)
             for path in (Path(scratch) / CIFAR10.base_folder).iterdir():
                 path.replace(folder / path.name)
-    except Exception as error:  # of the network, the archive or the disk: they have many types
+    except Exception as error:  # network, archive and disk raise errors of many types
         for path in (folder, data_dir):
             with contextlib.suppress(OSError):
                 path.rmdir()  # if it is empty
@@ -182,11 +182,12 @@ def download_cifar10(data_dir):
         socket.setdefaulttimeout(timeout)
 
 
+# A notebook has no __file__, and no sample.
 SAMPLE = Path(globals().get("__file__", "")).resolve().parent / "data" / "sample.npz"
 
 
 def load_sample():
-    """Return the first 2,000 training and 400 test images as `load_cifar10` returns all."""
+    """Return the first 2,000 training and 400 test images in the form of `load_cifar10`."""
     with np.load(SAMPLE) as sample:
         return *(Split(torch.from_numpy(sample[f"{name}_images"]).permute(0, 3, 1, 2),
                        torch.from_numpy(sample[f"{name}_labels"]).long())
@@ -203,12 +204,12 @@ def normalize_images(images, mean, std):
 
 def memory_format(device):
     """Return the layout of images and weights that is fast and correct on `device`."""
-    # Many versions of PyTorch get channels-last gradients wrong on Apple GPUs (issue 175189).
+    # Many versions of PyTorch get channels-last gradients on Apple GPUs wrong (#175189 there).
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="constant"):
-    """Return a Split on `device`: images (N, C, H + 2 padding, W + 2 padding) of `dtype`."""
+    """Normalize and pad a Split on `device`: (N, C, H + 2 padding, W + 2 padding), `dtype`."""
     images = normalize_images(split.images.to(device), mean, std).to(dtype)
     if padding:
         images = F.pad(images, (padding,) * 4, mode=padding_mode)
@@ -246,9 +247,8 @@ def draw_flips(recipe, count, seed, epoch, device, generator):
     other half in even epochs (K. Jordan, arXiv:2404.00498, section 3.6).
     """
     if recipe.flips == "alternating":
-        once = epoch_generator(seed, 0, device)
-        coins = torch.randint(2, (count,), generator=once, device=device)
-        return (coins + epoch) % 2 == 1
+        generator = epoch_generator(seed, 0, device)  # the same coins in every epoch
+        return (torch.randint(2, (count,), generator=generator, device=device) + epoch) % 2 == 1
     return torch.randint(2, (count,), generator=generator, device=device) == 1
 
 
@@ -401,11 +401,11 @@ class Run:
                 "epoch": self.epoch, "seconds": self.seconds}
 
     def load_state(self, state):
-        """Go back, or on, to a `state()`."""
+        """Restore a `state()`."""
         for part in ("model", "averaged", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
         self.epoch, self.seconds, self.mid_epoch = state["epoch"], state["seconds"], False
-        self.optimizer.zero_grad(set_to_none=True)  # they are of other weights
+        self.optimizer.zero_grad(set_to_none=True)  # the gradients belong to the old weights
 
 
 def choose_device(device="auto", precision="auto"):
@@ -453,11 +453,11 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     if device == "cpu":
         keep_memory()
     whiten = model is None and recipe.initialization == "identity"
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # leave the caller's alone
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # keep the caller's random state
         torch.default_generator.manual_seed(seed)
         model = model or ResNet(recipe, num_classes)
     model.to(device, memory_format=memory_format(device))
-    # Weights decay, biases and BatchNorms do not.
+    # Decoupled weight decay spares biases and BatchNorms.
     groups = [{"params": [parameter for parameter in model.parameters()
                           if (parameter.ndim > 1) == decays], "decays": decays}
               for decays in (True, False)]
@@ -472,14 +472,14 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     test = prepare_images(test, mean, std, device, dtype)
     if whiten:
         whiten_patches(model, training.images[:1000])
-    test.images[-1].sum().item()  # wait for a GPU, so that the seconds are right
+    test.images[-1].sum().item()  # reading a value waits for a GPU: the seconds are right
     seconds = time.perf_counter() - started
     return Run(recipe, seed, device, dtype, mean, std, training, test, model,
                copy.deepcopy(model), optimizer, scaler, seconds=seconds)
 
 
-def prepare_training(run):
-    """Put the model into training mode. Raise ValueError if the optimizer is of another one."""
+def begin_training(run):
+    """Put the model into training mode. Raise ValueError if the optimizer has another model."""
     held = {id(values) for group in run.optimizer.param_groups for values in group["params"]}
     if not held.issuperset(map(id, run.model.parameters())):
         raise ValueError("the optimizer does not hold all parameters of the model")
@@ -510,7 +510,7 @@ def train_step(run, images, labels, lr, beta1):
 
 
 def average_weights(run, step):
-    """Update the EMA after `step`, from 1. Until its time has passed, it is a plain mean."""
+    """Update the EMA after `step` (from 1). In the first `ema_epochs` it is a plain mean."""
     memory = min(step, max(1, run.recipe.ema_epochs * run.steps_per_epoch))
     averages, latest = ([values for values in module.state_dict().values()
                          if values.is_floating_point()] for module in (run.averaged, run.model))
@@ -572,7 +572,7 @@ def find_rates(run, on_step=None):
     Raise UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     first, last, epoch_steps = 1e-6, 1.0, run.steps_per_epoch
-    # 200 steps, but at least one epoch, at most two, and never so few that rates are skipped.
+    # 200 steps, but at least one epoch and at most two. Fewer than 8 would be too coarse.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 8)
     lrs = [first * (last / first) ** (step / (steps - 1)) for step in range(steps)]
     steps_per_decade = (steps - 1) / math.log10(last / first)
@@ -580,7 +580,7 @@ def find_rates(run, on_step=None):
                for batch in augmented_batches(run.recipe, run.training, run.seed, epoch))
     before = copy.deepcopy(run.state())
     window, lowest, losses = max(1, round(steps_per_decade / 2)), math.inf, []
-    prepare_training(run)
+    begin_training(run)
     try:
         for lr, (images, labels) in zip(lrs, batches):
             loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
@@ -653,7 +653,7 @@ def evaluate_run(run, tta=False):
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
-    A run goes on after the epochs it has trained; it cannot go on in the middle of one.
+    This is a generator: loop over it. It continues after the last epoch that was completed.
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a
     tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
@@ -664,37 +664,37 @@ def train_epochs(run, rates, on_step=None):
     for group in run.optimizer.param_groups:
         if group.get("decays"):
             group["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
-    prepare_training(run)
+    begin_training(run)
     while run.epoch < recipe.epochs:
         if run.mid_epoch:
             raise ValueError("an epoch of this run was interrupted; go back to a saved state()")
         run.mid_epoch, started = True, time.perf_counter()
-        losses, sizes, lrs, correct = [], [], [], 0
+        losses, correct = [], 0
         for images, labels in augmented_batches(recipe, run.training, run.seed, run.epoch + 1):
             step = run.epoch * steps + len(losses)
             lr, beta1 = scheduled_rates(recipe, rates, step, steps)
             loss, right = train_step(run, images, labels, lr, beta1)
             average_weights(run, step + 1)
-            losses.append(loss), sizes.append(len(labels)), lrs.append(lr)
+            losses.append(loss)
             correct += right
             if on_step:
                 on_step(len(losses), steps, lr, loss)
-            if run.device == "cpu" and not loss.isfinite():
+            if run.device == "cpu" and not loss.isfinite():  # asking would make a GPU wait
                 break
-
         losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
         seconds = time.perf_counter() - started
         metrics = evaluate_run(run)
         for step, loss in enumerate([*losses.tolist(), metrics["test_loss"]]):
             if not math.isfinite(loss):
-                step = min(step, len(lrs) - 1)  # the last one has made the test loss infinite
+                step = min(step, len(losses) - 1)  # the last step ruined the test loss
+                lr, _ = scheduled_rates(recipe, rates, run.epoch * steps + step, steps)
                 raise Diverged(f"the loss became NaN or infinite at epoch {run.epoch + 1}, step "
-                               f"{step + 1}, learning rate {lrs[step]:.3g}.\nTry a lower LRMAX "
+                               f"{step + 1}, learning rate {lr:.3g}.\nTry a lower LRMAX "
                                "(--lr-max) or full precision (--precision fp32).")
         run.epoch, run.seconds, run.mid_epoch = run.epoch + 1, run.seconds + seconds, False
-        sizes = torch.tensor(sizes, dtype=torch.double, device="cpu")
-        train_loss = losses @ sizes / image_count
-        yield {"epoch": run.epoch, "lr": lrs[-1], "train_loss": train_loss.item(),
+        sizes = [len(batch) for batch in run.training.labels.split(recipe.batch_size)]
+        train_loss = losses @ losses.new_tensor(sizes) / image_count
+        yield {"epoch": run.epoch, "lr": lr, "train_loss": train_loss.item(),
                "train_accuracy": correct.item() / image_count, "train_seconds": seconds,
                "images_per_second": image_count / seconds, **metrics,
                "elapsed_seconds": run.seconds}
@@ -714,7 +714,7 @@ def make_parser():
     add = parser.add_argument
     add("--recipe", choices=list(RECIPES), default="tuned", help="plain: without our additions")
     add("--lr-max", type=float, metavar="X", help="peak learning rate; else a sweep finds it")
-    add("--lr-min", type=float, metavar="X", help=f"lowest one; else LRMAX / {LR_RATIO}")
+    add("--lr-min", type=float, metavar="X", help=f"lowest learning rate; else LRMAX / {LR_RATIO}")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
     add("--runs", type=int, default=1, metavar="N", help="train N seeds in turn, from --seed on")
     add("--subset", type=int, nargs="?", const=2000, metavar="N",
@@ -726,7 +726,7 @@ def make_parser():
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
     add("--checkpoint", metavar="FILE", help="save here after each epoch; continue from there")
-    add("--weights", metavar="FILE", help="save the trained weights here, for `load_weights`")
+    add("--weights", metavar="FILE", help="save the trained weights here")
     add("--output", metavar="FILE",
         help="report to write, in JSON; else next to the checkpoint or a new file in results/")
     add("--no-figures", action="store_false", dest="figures", help="draw no figures")
@@ -745,7 +745,7 @@ def make_parser():
 
 
 def parse_arguments(argv=None):
-    """Return the recipe and the options, a namespace. Nonsense ends the process with code 2."""
+    """Return the recipe and the other options; invalid ones end the process with code 2."""
     parser = make_parser()
     options = parser.parse_args(argv)
     options.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
@@ -764,7 +764,9 @@ def parse_arguments(argv=None):
         given.setdefault("batch_size", min(Recipe.batch_size, max(16, images // 32), images))
         recipe = dataclasses.replace(RECIPES[options.recipe], **given)
         check_value("batch_size", recipe.batch_size, int, (2, images))
-        choose_device(options.device, options.precision)
+        choose_device(options.device, options.precision)  # raises if they are not there
+        if options.weights and not recipe.epochs:
+            raise ValueError("weights cannot be saved if epochs is 0")
     except ValueError as error:
         parser.error(str(error))
     name = options.checkpoint or f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -800,7 +802,7 @@ def write_file(path, save=None):
 
     A reader never sees half a file. Raise UserError if it cannot be written.
     """
-    content, target = io.BytesIO(), Path(path).resolve()  # a link stays; its target is written
+    content, target = io.BytesIO(), Path(path).resolve()  # symbolic links are kept
     if save:
         save(content)
     try:
@@ -817,7 +819,7 @@ def write_file(path, save=None):
 
 
 def save_weights(path, run, classes):
-    """Write all that is needed to classify images."""
+    """Write a ResNet's weights and all else that is needed to classify images."""
     content = {"format": FORMAT, "recipe": dataclasses.asdict(run.recipe), "classes": classes,
                "weights": run.averaged.state_dict(), "mean": run.mean, "std": run.std}
     write_file(path, lambda file: torch.save(content, file))
@@ -880,7 +882,7 @@ def new_report(options, run):
 
 
 def summarize_epochs(rows, images):
-    """Return what the epochs of a report, each of so many images, say of the whole run."""
+    """Return the part of a summary that follows from epochs with so many training images."""
     seconds = sum(row["train_seconds"] for row in rows)
     first = {f"{goal:.2f}": next((row for row in rows if row["test_accuracy"] >= goal), {})
              for goal in (0.90, 0.94)}
@@ -892,7 +894,7 @@ def summarize_epochs(rows, images):
 
 def load_checkpoint(path, run, report):
     """Bring `run` and `report` to where the checkpoint was saved, or raise UserError."""
-    def identity(report):  # what a run shares with the one that continues it
+    def identity(report):  # this must be the same in both runs
         values = {**report["config"]["options"], **report["data"], **report["environment"]}
         names = "seed lr_max lr_min train_images test_images evaluated_on device precision"
         return {**report["config"]["recipe"], **{name: values[name] for name in names.split()}}
@@ -947,24 +949,24 @@ def show_progress(run, sweeping=False):
 def print_heading(report):
     """Print what is run, and on what."""
     recipe, options = report["config"]["recipe"], report["config"]["options"]
-    data, device = report["data"], report["environment"]
+    data, environment = report["data"], report["environment"]
     changed = [f", {name} {value}" for name, value in recipe.items()
                if value != getattr(RECIPES[options["recipe"]], name)]
     print(f"recipe   {options['recipe']}{''.join(changed)}\n"
           f"network  {report['parameters']:,} parameters, seed {options['seed']}\n"
-          f"device   {device['device']} ({device['device_name']}), {device['precision']}, "
-          f"PyTorch {device['torch']}\n"
+          f"device   {environment['device']} ({environment['device_name']}), "
+          f"{environment['precision']}, PyTorch {environment['torch']}\n"
           f"data     {data['train_images']:,} training images, "
           f"{data['test_images']:,} {data['evaluated_on']}\n"
           f"report   {options['output']}")
 
 
 TABLE_HEADING = """\
-       learning  training  training      test      test   epoch  images   total
-epoch      rate      loss  accuracy      loss  accuracy seconds /second seconds"""
+       learning  training  training      test      test   epoch  images    total
+epoch      rate      loss  accuracy      loss  accuracy seconds /second  seconds"""
 TABLE_ROW = ("{epoch:5}{lr:10.2g}{train_loss:10.4g}{train_accuracy:10.2%}{test_loss:10.4g}"
              "{test_accuracy:10.2%}{train_seconds:8.1f}{images_per_second:8,.0f}"
-             "{elapsed_seconds:8.1f}")
+             "{elapsed_seconds:9.1f}")
 
 
 def print_rates(report):
@@ -1008,8 +1010,7 @@ def plot_sweep(figure, report):
         axes.axvline(rates[name], color=color, linestyle="--", label=label)
     # The loss after divergence would flatten the rest.
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))
-    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)",
-             ylabel="training loss")
+    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="loss")
     figure.legend(loc="outside lower center", ncols=3)
 
 
@@ -1064,7 +1065,6 @@ def save_figures(run, report, classes):
         if IN_NOTEBOOK:
             from IPython.display import Image, display
             display(Image(filename=str(path)))
-
     if report["lr_sweep"]:
         save_figure("sweep", (7, 4.5), plot_sweep, report)
     if report["epochs"]:
@@ -1098,7 +1098,7 @@ def choose_rates(run, options):
 
 
 def train_once(recipe, options, images):
-    """Train one seed on the `load_images`, or continue its checkpoint, and return its report."""
+    """Train one seed, or continue its checkpoint. `images` is what `load_images` returns."""
     started = time.perf_counter()
     for path in filter(None, [options.output, options.checkpoint, options.weights]):
         write_file(path)  # fails now rather than after training
@@ -1164,14 +1164,14 @@ def train_once(recipe, options, images):
         try:
             save_figures(run, report, classes)
         except Exception as error:  # the run is complete and its report is written
-            print(f"figures  none ({error}); they need matplotlib (pip install matplotlib)")
+            print(f"figures  none: {error} (pip install matplotlib?)")
     return report
 
 
 def main(argv=None):
     """Run the script with the given arguments, by default those of the command line.
 
-    With --runs, the seed is added to the names of files. If a seed diverges, the others run.
+    With --runs, the seed is added to the names of files. If a seed fails, the others still run.
     """
     recipe, options = parse_arguments(argv)
     images, accuracies, failure = load_images(options), [], None
@@ -1183,9 +1183,9 @@ def main(argv=None):
         try:
             report = train_once(recipe, own, images)
             accuracies.append(report["summary"]["final_test_accuracy"])
-        except Diverged as divergence:
-            print(f"failed   seed {seed} diverged")
-            failure = divergence
+        except UserError as error:
+            print(f"failed   seed {seed}")
+            failure = error
     if recipe.epochs and len(accuracies) > 1:
         deviation, count = statistics.stdev(accuracies), len(accuracies)
         print(f"{count} runs   mean {statistics.fmean(accuracies):.2%}, standard deviation "
@@ -1207,7 +1207,7 @@ def run_process():
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # the latter without a text
         if not re.search("out of memory|can't allocate memory|^$", str(error), re.IGNORECASE):
             raise
         sys.exit("error: out of memory. Try a smaller --batch-size.")

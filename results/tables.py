@@ -53,8 +53,12 @@ TABLES = {
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
         ("`--epochs 10` | two CPU cores", "ten-epochs/seed*"),
     ]),
-    "parts": ("part | option", ["gain"], PATH),
-    "path": ("part | option", ["LRMAX", "accuracy", "flip TTA", "gain", "seeds"], PATH),
+    "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
+        ("`--subset --epochs 1`", "first-look/one-epoch-seed*"),
+        ("`--subset`", "first-look/seed*"),
+    ]),
+    "path": ("part | option", ["LRMAX", "accuracy", "flip TTA", "gain", "90% at epoch", "seeds"],
+             PATH),
     "letter": ("others | our options", ["accuracy", "flip TTA", "90% at epoch"], [
         ("the course: 90% at epoch 10, its target | `--recipe plain`", "letter/plain-seed*"),
         ("[nanekja]: 90.98 | + `--lr-max 0.001 --lr-min 4e-5`", "letter/plain-0.001-0.00004"),
