@@ -146,7 +146,6 @@ def load_cifar10(data_dir):
         if not check_integrity(str(folder / name), checksum):
             raise UserError(f"{folder / name} is damaged: its checksum is wrong.\n"
                             f"Delete it and run again to download CIFAR-10 anew.")
-
     datasets = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
     return *(Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2),
                    torch.tensor(dataset.targets)) for dataset in datasets), datasets[0].classes
@@ -182,8 +181,8 @@ def download_cifar10(data_dir):
         socket.setdefaulttimeout(timeout)
 
 
-# A notebook has no __file__, and no sample.
-SAMPLE = Path(globals().get("__file__", "")).resolve().parent / "data" / "sample.npz"
+# Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
+SAMPLE = Path(globals().get("__file__", "train.py")).resolve().parent / "data" / "sample.npz"
 
 
 def load_sample():
@@ -826,7 +825,7 @@ def save_weights(path, run, classes):
 
 
 def load_weights(path, device="cpu"):
-    """Read a file of `--weights`. Return the model, mean, std and class names.
+    """Return the model, mean, std and class names from a file of `--weights`.
 
     The model takes `normalize_images(images, mean, std)` of uint8 images (N, 3, 32, 32).
     """
@@ -992,8 +991,8 @@ def print_summary(report):
           f"{summary['sweep_seconds']:.1f} s of sweep, {summary['total_seconds']:.1f} s in all")
     for goal, epoch in summary["epochs_to"].items():
         if epoch:
-            seconds = summary["seconds_to"][goal]
-            print(f"to {float(goal):.0%}   epoch {epoch}, {seconds:.1f} s without the sweep")
+            print(f"to {float(goal):.0%}   epoch {epoch}, {summary['seconds_to'][goal]:.1f} s "
+                  "without sweep and tests")
 
 
 # ---- Figures: next to the report, if matplotlib is installed -----------------------------
@@ -1151,6 +1150,7 @@ def train_once(recipe, options, images):
             summary["tta_test_accuracy"] = evaluate_run(run, tta=True)["test_accuracy"]
         if options.weights:
             save_weights(options.weights, run, classes)
+            print(f"weights  {options.weights}")
         save("complete")
     except BaseException as error:
         show_status("")
