@@ -808,7 +808,7 @@ def write_file(path, save=None):
         if target.exists() and not target.is_file():
             raise OSError("it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as scratch:
+        with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as scratch:
             temporary = Path(scratch) / target.name
             temporary.write_bytes(content.getbuffer())
             if save:
