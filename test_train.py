@@ -1,8 +1,6 @@
 """Tests of train.py against independent references: torchvision, PyTorch, counts by hand.
 
 They need no GPU, no network and no data set: they write small files in CIFAR-10's format.
-
-    python -m pytest test_train.py
 """
 
 import ast
@@ -267,7 +265,6 @@ def test_draws_are_uniform_and_independent(monkeypatch):
                                ("random in the next epoch", "random", 2)):
         drawn[name] = train.draw_flips(Recipe(flips=flips), count, 0, epoch, "cpu",
                                        train.epoch_generator(0, epoch, "cpu"))
-
     for name in drawn:
         choices = {"top": 9, "left": 9, "hole_top": 25, "hole_left": 25}.get(name, 2)
         observed = torch.bincount(drawn[name].long(), minlength=choices).double()
@@ -736,8 +733,7 @@ def test_a_run_reports_all_it_should(workplace, capsys):
     assert set(report["environment"]) == set(
         "date commit system python torch torchvision numpy cudnn device device_name precision "
         "threads".split())
-    age = datetime.now().astimezone() - datetime.fromisoformat(report["environment"]["date"])
-    assert 0 <= age.total_seconds() < 600
+    assert datetime.fromisoformat(report["environment"]["date"]) < datetime.now().astimezone()
     assert re.fullmatch(r"[0-9a-f]{7,}\+?|None", str(report["environment"]["commit"]))
     pixels = train.load_cifar10("data")[0].images.numpy() / 255
     assert data["mean"] == pytest.approx(pixels.mean(axis=(0, 2, 3)).tolist(), rel=1e-5)
@@ -915,10 +911,8 @@ def test_precision_follows_the_hardware(monkeypatch, device, capabilities, nativ
     assert train.choose_device() == (device, expected)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an older PyTorch
     assert train.choose_device("cpu") == ("cpu", "fp32")
-    for wrong, sentence in ((("cuda:1", "auto"), "device cuda:1: PyTorch finds no such device"),
-                            (("cpu", "fp8"), "precision must be one of fp32, bf16, fp16, got")):
-        with pytest.raises(ValueError, match=sentence):
-            train.choose_device(*wrong)
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'fp8'"):
+        train.choose_device("cpu", "fp8")
 
 
 def test_steps_in_low_precision_go_as_in_full():
@@ -973,11 +967,10 @@ def test_the_sample_serves_if_it_is_enough_and_the_data_set_is_not_there(
 
 
 @pytest.mark.parametrize("arguments, batch_size", [
-    ([], 512), (["--subset"], 62), (["--subset", "5000"], 156), (["--subset", "100"], 16),
-    (["--subset", "12"], 12), (["--subset", "--holdout", "1000"], 31), (["--subset", "20000"], 512),
-    (["--holdout", "5000"], 512), (["--subset", "--batch-size", "512"], 512)])
+    ("--seed 1", 512), ("--subset", 62), ("--subset 5000", 156), ("--subset 100", 16),
+    ("--subset 12", 12), ("--subset --holdout 1000", 31), ("--subset --batch-size 512", 512)])
 def test_few_images_take_smaller_batches(arguments, batch_size):
-    assert train.parse_arguments(arguments)[0].batch_size == batch_size
+    assert train.parse_arguments(arguments.split())[0].batch_size == batch_size
 
 
 def test_a_server_that_never_answers_ends_after_a_timeout(tmp_path, monkeypatch, capsys):
@@ -1119,8 +1112,6 @@ def test_an_interrupted_epoch_is_not_continued_but_an_earlier_state_is():
     run.load_state(before)
     assert [row["epoch"] for row in train.train_epochs(run, rates)] == [1, 2]
 
-
-# ---- While it runs, and what it leaves ---------------------------------------------------
 
 @pytest.mark.parametrize("failing", [3, 9])  # of ten writes: after epoch 1, or at the end
 def test_a_failed_write_costs_a_warning_but_the_last_one_decides(
