@@ -93,6 +93,7 @@ class Recipe:
     logit_scale: float = recipe_field(0.125, (1e-6, 1e6), "the logits are multiplied by this")
     initialization: str = recipe_field("identity", ("identity", "pytorch"), "identity: the "
                                        "first layer whitens, the others pass their input on")
+    padding: int = recipe_field(4, (0, 16), "pixels on each side, before the random crop")
     padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "fills the border")
     flips: str = recipe_field("alternating", ("alternating", "random"), "horizontal flips")
     cutout: int = recipe_field(8, (0, 31), "side of the blanked square, in pixels")
@@ -110,9 +111,8 @@ RECIPES = {
     "tuned": Recipe(),
     "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0, logit_scale=1,
                     initialization="pytorch", padding_mode="constant", flips="random"),
+    "fast": Recipe(epochs=10, cutout=0),
 }
-
-PADDING = 4  # pixels on each side, before the random crop
 
 
 class UserError(ValueError):
@@ -270,14 +270,14 @@ def cut_holes(images, top, left, size):
 
 
 def augment_images(recipe, padded, mirrored, generator):
-    """Crop, flip and cut out: padded (B, 3, H + 8, W + 8) to (B, 3, H, W).
+    """Crop, flip and cut out: padded (B, 3, H + 2 padding, W + 2 padding) to (B, 3, H, W).
 
     Each image has a random crop and a random hole of its own, which lies inside the crop.
     """
     def draw(choices):
         return torch.randint(choices, (len(padded),), generator=generator, device=padded.device)
-    size = padded.shape[-1] - 2 * PADDING
-    corners, holes = 2 * PADDING + 1, size - recipe.cutout + 1
+    size = padded.shape[-1] - 2 * recipe.padding
+    corners, holes = 2 * recipe.padding + 1, size - recipe.cutout + 1
     images = crop_images(padded, draw(corners), draw(corners), size)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     return cut_holes(images, draw(holes), draw(holes), recipe.cutout)
@@ -385,13 +385,15 @@ class Run:
     epoch: int = 0  # epochs trained
     seconds: float = 0.0  # of data preparation and training; evaluation does not count
     mid_epoch: bool = False  # an epoch was begun and did not end
+    graph: nn.Module = None  # the model as a CUDA graph, see `capture_graph`
 
     @property
     def steps_per_epoch(self):
         return math.ceil(len(self.training.labels) / self.recipe.batch_size)
 
     def autocast(self):
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32,
+                              cache_enabled=False)  # a CUDA graph must not hold cached weights
 
     def state(self):
         """Return all that training changes. The tensors are not copied."""
@@ -467,7 +469,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
     started = time.perf_counter()
     std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
-    training = prepare_images(training, mean, std, device, dtype, PADDING, recipe.padding_mode)
+    training = prepare_images(training, mean, std, device, dtype, recipe.padding,
+                              recipe.padding_mode)
     test = prepare_images(test, mean, std, device, dtype)
     if whiten:
         whiten_patches(model, training.images[:1000])
@@ -483,6 +486,26 @@ def begin_training(run):
     if not held.issuperset(map(id, run.model.parameters())):
         raise ValueError("the optimizer does not hold all parameters of the model")
     run.model.train()
+    run.graph = None  # frees the memory of an earlier graph
+    run.graph = capture_graph(run)
+
+
+def capture_graph(run):
+    """Return the model as a CUDA graph for full batches, or None where a step runs without one.
+
+    A step of the ResNet starts some 200 kernels one by one, and a fast GPU waits for the
+    processor. A graph starts all kernels of a forward or a backward pass at once.
+    """
+    size = run.recipe.batch_size
+    if run.device != "cuda" or type(run.model) is not ResNet or len(run.training.labels) < size:
+        return None
+    images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    with run.autocast():  # nn.Sequential, because capture replaces the `forward` of its module
+        graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
+    for buffer, before in zip(run.model.buffers(), buffers):
+        buffer.copy_(before)  # the warm-up before the capture has moved BatchNorm's statistics
+    return graph
 
 
 def train_step(run, images, labels, lr, beta1):
@@ -498,8 +521,9 @@ def train_step(run, images, labels, lr, beta1):
             group["betas"] = beta1, group["betas"][1]
         elif group.get("momentum"):
             group["momentum"] = beta1
+    full = len(images) == run.recipe.batch_size
     with run.autocast():
-        logits = run.model(images)
+        logits = run.graph(images) if run.graph and full else run.model(images)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.recipe.label_smoothing)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
