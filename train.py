@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -450,7 +451,6 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         raise ValueError("the built-in network takes images of 3 x 32 x 32; give a `model`")
     device, precision = choose_device(device, precision)
     dtype = DTYPES[precision]
-    torch.backends.cudnn.benchmark = True  # shapes repeat, so a search for kernels pays
     if device == "cpu":
         keep_memory()
     whiten = model is None and recipe.initialization == "identity"
@@ -501,7 +501,9 @@ def capture_graph(run):
         return None
     images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
     buffers = [buffer.clone() for buffer in run.model.buffers()]
-    with run.autocast():  # nn.Sequential, because capture replaces the `forward` of its module
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it costs nothing
+    # nn.Sequential, because capture replaces the `forward` of its module.
+    with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
     for buffer, before in zip(run.model.buffers(), buffers):
         buffer.copy_(before)  # the warm-up before the capture has moved BatchNorm's statistics
