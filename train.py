@@ -112,7 +112,7 @@ RECIPES = {
     "tuned": Recipe(),
     "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0, logit_scale=1,
                     initialization="pytorch", padding_mode="constant", flips="random"),
-    "fast": Recipe(epochs=10, cutout=0),
+    "fast": Recipe(epochs=10, cutout=0, padding=2, ema_epochs=0.25),
 }
 
 
