@@ -149,7 +149,7 @@ def raiser(error):
     {"epochs": -1}, {"epochs": 2.5}, {"batch_size": 1}, {"peak_fraction": 1.0},
     {"annihilation": 0.5}, {"beta1": (0.95, 0.85)}, {"beta1_peak": 1.5}, {"epsilon": math.nan},
     {"decay_epochs": math.inf}, {"l2": -0.1}, {"label_smoothing": "0.1"}, {"ema_epochs": -0.5},
-    {"logit_scale": 0.0}, {"initialization": "foo"}, {"padding_mode": "circular"},
+    {"logit_scale": 0.0}, {"initialization": "foo"}, {"padding": -1}, {"padding_mode": "circular"},
     {"cutout": 32}, {"cutout": 8.0}])
 def test_a_value_without_sense_is_refused_by_name_in_one_sentence(changed):
     (name,) = changed
@@ -230,22 +230,22 @@ def test_layers_begin_as_pytorch_makes_them_or_pass_their_input_on():
 
 # ---- Data and augmentation ---------------------------------------------------------------
 
-@pytest.mark.parametrize("padding_mode", ["reflect", "constant"])
-def test_augmentation_pixel_for_pixel_against_torchvision(padding_mode):
-    split = random_split()
-    std, mean = torch.std_mean(split.images / 255, dim=(0, 2, 3))
-    padded = train.prepare_images(split, mean, std, "cpu", torch.float32, 4, padding_mode).images
-    mirrored = torch.arange(64) % 3 == 0
+@pytest.mark.parametrize("padding, padding_mode", [(4, "reflect"), (2, "constant")])
+def test_augmentation_pixel_for_pixel_against_torchvision(padding, padding_mode):
+    recipe, split = Recipe(padding=padding, padding_mode=padding_mode), random_split()
+    padded = train.start_run(recipe, split, split, device="cpu", precision="fp32").training.images
+    std, mean = torch.std_mean(split.images / 255, dim=(0, 2, 3), correction=0)
+    mirrored, n = torch.arange(64) % 3 == 0, 2 * padding + 1
     generator = torch.Generator().manual_seed(2)
-    augmented = train.augment_images(Recipe(), padded, mirrored, generator)
+    augmented = train.augment_images(recipe, padded, mirrored, generator)
     generator.manual_seed(2)
     tops, lefts, hole_tops, hole_lefts = (
-        torch.randint(choices, (64,), generator=generator).tolist() for choices in (9, 9, 25, 25))
+        torch.randint(choices, (64,), generator=generator).tolist() for choices in (n, n, 25, 25))
     assert augmented.shape == (64, 3, 32, 32)
     assert augmented.is_contiguous(memory_format=torch.channels_last)
     for i, image in enumerate(split.images):
         image = TF.normalize(TF.convert_image_dtype(image), mean.tolist(), std.tolist())
-        image = TF.pad(image, [4], padding_mode=padding_mode)
+        image = TF.pad(image, [padding], padding_mode=padding_mode)
         image = TF.crop(image, tops[i], lefts[i], 32, 32)
         image = TF.hflip(image) if mirrored[i] else image
         image = TF.erase(image, hole_tops[i], hole_lefts[i], 8, 8, torch.tensor(0.0))
@@ -274,9 +274,6 @@ def test_draws_are_uniform_and_independent(monkeypatch):
         assert chi_squared < degrees + 5 * math.sqrt(2 * degrees) + 5, name  # 5 deviations
     draws = torch.stack([values.double() for values in drawn.values()])
     assert (torch.corrcoef(draws) - torch.eye(7)).abs().max() < 5 / math.sqrt(count)
-    for row in draws:  # neighbors
-        correlation = torch.corrcoef(torch.stack([row[1:], row[:-1]]))[0, 1]
-        assert correlation.abs() < 5 / math.sqrt(count)
 
 
 def test_an_epoch_shows_every_image_once_and_mirrored_in_every_other_epoch():
@@ -365,8 +362,8 @@ def sweep_of(monkeypatch, steps_per_epoch, loss_at):
     monkeypatch.setattr(train, "augmented_batches", batches)
     monkeypatch.setattr(train, "train_step", step)
     run = SimpleNamespace(recipe=Recipe(), seed=0, training=None, steps_per_epoch=steps_per_epoch,
-                          state=dict, load_state=dict, model=nn.Identity(),
-                          optimizer=SimpleNamespace(param_groups=[]))
+                          state=dict, load_state=dict, model=nn.Identity(), device="cpu",
+                          dtype=None, optimizer=SimpleNamespace(param_groups=[]))
     rates = train.find_rates(run)
     count = len(rates.sweep["lr"])
     assert rates.sweep["lr"] == taken[:count] and taken[0] == 1e-6
@@ -599,6 +596,25 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(monkeypatch):
     assert all(parameter.grad.device.type == "meta" for parameter in run.model.parameters())
 
 
+def test_full_batches_go_through_the_graph_and_all_ends_as_without_it(monkeypatch):
+    replayed, ends = [], []
+    def make_graphed_callables(module, arguments):  # as PyTorch's: steps, and another `forward`
+        module(*arguments)
+        forward = module.forward
+        module.forward = lambda images: replayed.append(len(images)) or forward(images)
+        return module
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    for device in ("cpu", "cuda"):
+        run = small_run(Recipe(batch_size=4, epochs=2), 10, "bf16")
+        run.device, run.autocast = device, lambda: torch.autocast("cpu", torch.bfloat16)
+        ends.append([train.find_rates(run).sweep])
+        list(train.train_epochs(run, train.Rates(0.001, 0.01)))
+        ends[-1] += run.model.state_dict(), run.averaged.state_dict()
+    assert same_state(*ends) and set(replayed) == {4} and len(replayed) > 4  # 4 in training
+    for other in {"device": "cpu"}, {"dtype": torch.float16}, {"model": nn.Identity()}:
+        assert train.capture_graph(dataclasses.replace(run, **other)) is None
+
+
 # ---- Checkpoint, report, weights ---------------------------------------------------------
 
 def lasting_part(report):
@@ -653,9 +669,6 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(workplace):
     assert workplace.fail(*usual).startswith("run.pt is ")
     torch.save({**saved, "run": {**saved["run"], "averaged": None}}, "run.pt")
     assert workplace.fail(*usual).startswith("run.pt is ")
-    saved["report"]["environment"]["device"] = "mps"
-    torch.save(saved, "run.pt")
-    assert "device mps, not cpu" in workplace.fail(*usual)
 
 
 def test_no_epochs_find_the_rates_that_are_not_given_once_and_stop(workplace, monkeypatch):
@@ -691,14 +704,14 @@ def test_a_finished_write_replaces_the_file_and_a_broken_one_leaves_it(tmp_path,
     assert path.read_bytes() == b"third" and (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.parametrize("option", ["--output", "--checkpoint", "--weights"])
+@pytest.mark.parametrize("option", ["--output", "--checkpoint"])
 def test_a_place_that_is_not_a_file_is_named_before_training(workplace, monkeypatch, option):
     Path("file").write_text("")
     os.mkfifo("pipe")
     os.symlink("pipe", "link")
     monkeypatch.setattr(train, "train_step", raiser(AssertionError("it went on")))
     for place in ("file/run", "data", "pipe", "link"):
-        assert f"cannot write {place} " in workplace.fail("--epochs", 1, option, place)
+        assert f"cannot write {place} " in workplace.fail("--epochs", 1, *RATES, option, place)
     assert Path("pipe").is_fifo() and Path("link").is_symlink()
 
 
@@ -770,35 +783,25 @@ def test_a_run_reports_all_it_should(workplace, capsys):
     assert f"LRMAX {rates['lr_max']:.3g}" in screen and "\r" not in screen
 
 
-def test_the_table_fits_80_columns_even_in_bad_runs():
-    row = {"epoch": 24, "lr": 2.4e-5, "train_loss": 1.2, "train_accuracy": 1, "test_loss": 2.3e9,
-           "test_accuracy": 1, "train_seconds": 9_999.9, "images_per_second": 123_456,
-           "elapsed_seconds": 239_997.6}
-    line = train.TABLE_ROW.format(**row)
-    assert {len(line), *map(len, train.TABLE_HEADING.splitlines())} == {80}
-    assert line.split() == ("24 2.4e-05 1.2 100.00% 2.3e+09 100.00% 9999.9 123,456 "
-                            "239997.6").split()
-
-
-def test_a_diverging_seed_stops_at_once_and_is_raised_last(workplace, capsys, monkeypatch):
+def test_seeds_train_in_turn_until_one_diverges(workplace, capsys, monkeypatch):
+    arguments = "--epochs", 2, "--runs", 3, "--seed", 4, *RATES, "--batch-size", 25
+    train.main([*SMALL, *REPORT, *map(str, arguments)])
+    reports = [workplace.report(f"run-seed{seed}.json") for seed in (4, 5, 6)]
+    assert len({report["epochs"][0]["train_loss"] for report in reports}) == 3
+    accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
+    screen, deviation = capsys.readouterr().out, np.std(accuracies, ddof=1)
+    assert f"3 runs   mean {np.mean(accuracies):.2%}, standard deviation {deviation:.2%}" in screen
+    assert f"standard error {deviation / 3**0.5:.2%}" in screen
     train_step, steps = train.train_step, []
     def step(run, *others):
         steps.append(run.seed)
         loss, correct = train_step(run, *others)
         return torch.tensor(math.inf) if steps[-2:] == [5, 5] else loss, correct
     monkeypatch.setattr(train, "train_step", step)
-    message = workplace.fail("--epochs", 2, "--runs", 3, "--seed", 4, *RATES, "--batch-size", 25)
-    assert "at epoch 1, step 2, learning rate 0.00" in message and "--lr-max" in message
-    assert steps == [4] * 8 + [5] * 2 + [6] * 8
-    reports = [workplace.report(f"run-seed{seed}.json") for seed in (4, 5, 6)]
-    assert [report["config"]["options"]["seed"] for report in reports] == [4, 5, 6]
-    assert reports.pop(1)["summary"]["status"] == "diverged"
-    assert reports[0]["epochs"][0]["train_loss"] != reports[1]["epochs"][0]["train_loss"]
-    accuracies = [report["summary"]["final_test_accuracy"] for report in reports]
-    screen = capsys.readouterr().out
-    assert "failed   seed 5\n" in screen and f"mean {np.mean(accuracies):.2%}" in screen
-    deviation = np.std(accuracies, ddof=1)
-    assert f"standard deviation {deviation:.2%}, standard error {deviation / 2**0.5:.2%}" in screen
+    message = workplace.fail(*arguments)
+    assert "NaN or infinite in epoch 1" in message and "--lr-max" in message
+    assert steps == [4] * 8 + [5] * 4
+    assert workplace.report("run-seed5.json")["summary"]["status"] == "diverged"
 
 
 def test_figures_show_the_run(workplace, capsys, monkeypatch):
@@ -862,9 +865,9 @@ def test_each_constant_is_an_option_and_the_help_has_its_defaults(capsys, monkey
         train.main(["--help"])
     group = capsys.readouterr().out.split("\nrecipe:\n")[1]
     for option, default in (
-            ("batch-size", "512"), ("peak-fraction", "0.2083"), ("cutout", "8"),
-            ("label-smoothing", "0.2 / 0"), ("epsilon", "0.01 / 1e-08"),
-            ("flips", "alternating / random")):
+            ("batch-size", "512"), ("peak-fraction", "0.2083"), ("cutout", "8 / 0 / 8"),
+            ("label-smoothing", "0.2 / 0.2 / 0"), ("epsilon", "0.01 / 0.01 / 1e-08"),
+            ("flips", "alternating / alternating / random")):
         assert re.search(rf"^  --{option} .*\(default: {default}\)$", group, re.MULTILINE)
     plain = train.RECIPES["plain"]
     for field in dataclasses.fields(Recipe):
@@ -884,9 +887,7 @@ def test_each_constant_is_an_option_and_the_help_has_its_defaults(capsys, monkey
     ("--subset 9 --holdout 8", "holdout must be an integer from 0 to 7, got 8"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device cuda: PyTorch finds no such device. Try cpu"),
-    ("--output same --checkpoint ./same", "must be different files"),
     ("--flips sometimes", "flips must be one of alternating, random, got 'sometimes'"),
-    ("--epochs 0 --weights weights.pt", "weights cannot be saved if epochs is 0"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'")])
 def test_nonsense_ends_with_one_sentence(tmp_path, capsys, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
@@ -911,8 +912,6 @@ def test_precision_follows_the_hardware(monkeypatch, device, capabilities, nativ
     assert train.choose_device() == (device, expected)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an older PyTorch
     assert train.choose_device("cpu") == ("cpu", "fp32")
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'fp8'"):
-        train.choose_device("cpu", "fp8")
 
 
 def test_steps_in_low_precision_go_as_in_full():
@@ -1113,20 +1112,21 @@ def test_an_interrupted_epoch_is_not_continued_but_an_earlier_state_is():
     assert [row["epoch"] for row in train.train_epochs(run, rates)] == [1, 2]
 
 
-@pytest.mark.parametrize("failing", [3, 9])  # of ten writes: after epoch 1, or at the end
+@pytest.mark.parametrize("failing", [0, 3, 9])  # of ten writes: at once, after epoch 1, the last
 def test_a_failed_write_costs_a_warning_but_the_last_one_decides(
         workplace, monkeypatch, capsys, failing):
     write_file, writes = train.write_file, itertools.count()
-    def write(path, save=None):
-        if save and next(writes) == failing:
+    def write(path, save):
+        if next(writes) == failing:
             raise train.UserError(f"cannot write {path}")
         write_file(path, save)
     monkeypatch.setattr(train, "write_file", write)
-    with pytest.raises(train.UserError) if failing == 9 else contextlib.nullcontext():
+    with contextlib.nullcontext() if failing == 3 else pytest.raises(train.UserError):
         workplace.run("--epochs", 3, "--checkpoint", "run.pt", *RATES)
     assert ("warning  cannot write run.json" in capsys.readouterr().out) == (failing == 3)
-    assert torch.load("run.pt", weights_only=True)["run"]["epoch"] == 3
-    assert len(workplace.report()["epochs"]) == 3
+    assert Path("run.pt").exists() == (failing > 0)  # at once means before training
+    assert not failing or torch.load("run.pt", weights_only=True)["run"]["epoch"] == 3
+    assert not failing or len(workplace.report()["epochs"]) == 3
 
 
 # ---- When things go wrong ----------------------------------------------------------------
@@ -1231,7 +1231,7 @@ def test_the_readme_shows_what_a_run_prints(capsys):
     shown = shown.replace("sweep    finds the learning rates\n", "")  # is printed in between
     path = re.search(r"\]\((results/[^)]+\.json)\)", rest)[1]
     report = tables.in_todays_form(json.loads((SCRIPT.parent / path).read_text()))
-    options = {"recipe": "tuned", "output": path, **report["config"]["options"]}
+    options = {"recipe": "tuned", **report["config"]["options"], "output": path}  # where it is now
     report["config"]["options"] = options  # reports in format 1 have neither
     decay = train.weight_decay(Recipe(), report["rates"]["lr_max"], 98)
     report["rates"] = {"weight_decay": decay, **report["rates"]}
@@ -1275,7 +1275,7 @@ def test_the_snippets_of_the_readme_run(workplace, capsys, monkeypatch):
 REPORTED = {"90.98": "github.com/nanekja/pytorch_utils", "93.07": "github.com/jaiyesh/tsai-era",
             "94.08": "github.com/davidcpage/cifar10-fast",
             "94.02": "johanwind.github.io/2022/12/28/cifar_94.html"}
-EARLIER = {"91.10"}
+EARLIER = {"91.10", "93.34"}
 
 
 def table_rows(declared=None):

@@ -21,43 +21,45 @@ FILES = HERE.parent / "README.md", HERE / "README.md"
 # several with spaces between; " | " in a label begins another column. A column is a key of CELLS,
 # or the distance to the row above ("gain") or to the first row ("ahead"). If `columns` maps names
 # of groups to columns, a row has a pattern for each group, and "" leaves its cells empty.
-PATH = [
-    ("plain | `--recipe plain`", "h100/plain-seed*"),
-    ("+ scaled logits | `--logit-scale 0.125`", "h100/plus-logits-seed*"),
-    ("+ initialization | `--initialization identity`", "h100/plus-initialisation-seed*"),
-    ("+ label smoothing | `--label-smoothing 0.2`", "h100/plus-smoothing-seed*"),
-    ("+ Adam's epsilon | `--epsilon 0.01`", "h100/plus-epsilon-seed*"),
-    ("+ weight decay | `--decay-epochs 5`", "h100/plus-decay-seed*"),
-    ("+ alternating flips | `--flips alternating`", "h100/plus-flips-seed*"),
-    ("+ reflection padding | `--padding-mode reflect`", "h100/plus-padding-seed*"),
-    ("+ moving average (EMA) of the weights | `--ema-epochs 0.5`", "h100/default-seed*"),
-]
 TABLES = {
-    "headline": ("command", dict.fromkeys(["H100", "two CPU cores"], ["accuracy", "flip TTA"]), [
-        ("`python train.py`", "h100/default-seed*", "default/seed*"),
-        ("`python train.py --recipe plain`", "h100/plain-seed*", "letter/plain-seed*"),
-        ("`python train.py --epochs 10`", "h100/ten-epochs-seed*", "ten-epochs/seed*"),
+    "headline": ("command | epochs", {
+        "H100": ["accuracy", "flip TTA"], "two CPU cores": ["accuracy", "flip TTA"],
+        "H200": ["seconds"], "two Xeon cores": ["minutes"]}, [
+        ("`python train.py` | 24", "h100/default-seed*", "default/seed*", "h200/default-seed*",
+         "default/seed*"),
+        ("`python train.py --recipe fast` | 12", "", "fast/seed*", "", "fast/seed0"),
+        ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed*", "",
+         "letter/plain-seed1"),
     ]),
-    "speed": ("options | machine", ["training, s", "sweep, s", "whole run, s"], [
-        ("none | H100", "h100/default-seed0"),
-        ("none | two cores of an Intel Xeon", "default/seed*"),
-        ("`--epochs 10` | two cores of an Intel Xeon", "ten-epochs/seed*"),
+    "graph": ("code", ["training, s", "sweep, s", "seconds", "accuracy", "flip TTA", "seeds"], [
+        ("without the CUDA graph (commit a90de17)", "h200/without-graph-seed*"),
+        ("with it", "h200/default-seed*"),
     ]),
     "runs": ("options | machine", ["accuracy", "flip TTA", "90% at epoch", "94% at epoch", "LRMAX",
                                    "seeds"], [
         ("none | H100", "h100/default-seed*"),
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
+        ("`--recipe fast` | two CPU cores", "fast/seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
-        ("`--epochs 10` | two CPU cores", "ten-epochs/seed*"),
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --epochs 1`", "first-look/one-epoch-seed*"),
         ("`--subset`", "first-look/seed*"),
     ]),
-    "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], PATH),
+    "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
+        ("plain | `--recipe plain`", "h100/plain-seed*"),
+        ("+ scaled logits | `--logit-scale 0.125`", "h100/plus-logits-seed*"),
+        ("+ initialization | `--initialization identity`", "h100/plus-initialisation-seed*"),
+        ("+ label smoothing | `--label-smoothing 0.2`", "h100/plus-smoothing-seed*"),
+        ("+ Adam's epsilon | `--epsilon 0.01`", "h100/plus-epsilon-seed*"),
+        ("+ weight decay | `--decay-epochs 5`", "h100/plus-decay-seed*"),
+        ("+ alternating flips | `--flips alternating`", "h100/plus-flips-seed*"),
+        ("+ reflection padding | `--padding-mode reflect`", "h100/plus-padding-seed*"),
+        ("+ moving average (EMA) of the weights | `--ema-epochs 0.5`", "h100/default-seed*"),
+    ]),
     "letter": ("others | our options", ["accuracy", "flip TTA", "90% at epoch"], [
         ("the course: 90% at epoch 10, its target | `--recipe plain`", "letter/plain-seed*"),
         ("[nanekja]: 90.98 | + `--lr-max 0.001 --lr-min 4e-5`", "letter/plain-0.001-0.00004"),
@@ -65,27 +67,26 @@ TABLES = {
         ("[jaiyesh]: 93.07, 90% at epoch 19 | + `--lr-max 5.21e-4 --lr-min 5.21e-6 --l2 0.01 "
          "--annihilation 10000`", "letter/plain-l2-annihilation"),
         ("[Page]: 94.08, [Wind]: 94.02 (n=40), with SGD | none (H100)", "h100/default-seed*"),
-        ("[99991]: 94.1 with TTA (n=100), SGD | `--epochs 10` (H100)", "h100/ten-epochs-seed*"),
+        ("[99991]: 94.1 with TTA (n=100), SGD, 10 epochs | `--recipe fast`", "fast/seed*"),
     ]),
-    "sweeps": ("recipe | batch size", ["sweeps", "LRMAX found", "median", "largest / smallest"], [
-        ("default | 128", "sweeps/batch-128-bf16-seed*"),
-        ("default | 512", "sweeps/batch-512-bf16-two-epochs-seed*"),
-        ("default | 1024", "sweeps/batch-1024-bf16-seed*"),
-        ("plain | 512", "plain-sweeps/batch-512-bf16-two-epochs-seed*"),
+    "sweeps": ("batch size", ["LRMAX found", "largest / smallest"], [
+        ("128", "sweeps/batch-128-bf16-seed*"),
+        ("512", "sweeps/batch-512-bf16-two-epochs-seed*"),
+        ("1024", "sweeps/batch-1024-bf16-seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "seeds"], [
         ("none", "h100/holdout-lr-max-0.06-seed*"),
         ("LRMAX halved", "h100/holdout-lr-max-0.03-seed*"),
         ("LRMAX doubled", "h100/holdout-lr-max-0.12-seed*"),
-        ("`--label-smoothing 0.1`", "h100/holdout-label_smoothing-0.1-seed*"),
-        ("`--decay-epochs 3`", "h100/holdout-memory_epochs-3-seed*"),
-        ("`--decay-epochs 8`", "h100/holdout-memory_epochs-8-seed*"),
     ]),
-    "others-rates": ("rule", ["LRMAX", "accuracy", "ahead", "seeds"], [
-        ("ours", "others-rates/lr-max-0.06-seed*"),
-        ("steepest slope, pytorch-lr-finder", "others-rates/lr-max-0.013-seed*"),
-        ("minimum / 10, fastai", "others-rates/lr-max-0.007-seed*"),
-        ("`valley`, fastai", "others-rates/lr-max-0.00078-seed*"),
+    "fast-tuning": ("change", dict.fromkeys(["with it", "without"], ["accuracy", "flip TTA"]), [
+        *((f"`{option}`", f"fast-tuning/factorial-{skipped}1*",
+           f"fast-tuning/factorial-{skipped}0*") for skipped, option in [
+            ("", "--padding 2"), ("?", "--label-smoothing 0.1"), ("??", "--decay-epochs 3"),
+            ("???", "--peak-fraction 0.12"), ("????", "--ema-epochs 1"),
+            ("?????", "--lr-max 0.09")]),
+        ("`--ema-epochs 0.25`, not 0.5", "fast-tuning/*-ema0.25-*", "fast-tuning/*-ema0.5-*"),
+        ("`--padding 1`, not 2", "fast-tuning/padding1*", "fast-tuning/padding2*"),
     ]),
 }
 
@@ -96,11 +97,11 @@ def in_todays_form(report):
         return report
     config, found = report["config"], report["lr_sweep"]
     was = {"annihilation": 1, "l2": 0, "average_epochs": 0, "flips": "alternating",
-           "batchnorm_momentum": 0.1, **config["recipe"]}
+           **config["recipe"]}
     same = ("peak_fraction annihilation beta2 epsilon l2 label_smoothing logit_scale padding_mode "
-            "flips cutout").split() + ["batchnorm_momentum"] * (was["batchnorm_momentum"] != 0.1)
+            "flips cutout")
     recipe = {
-        **{name: was[name] for name in same},
+        **{name: was[name] for name in same.split()},
         "epochs": config["epochs"], "batch_size": config["batch_size"],
         "beta1": was["beta1"][0], "beta1_peak": was["beta1"][1],
         "decay_epochs": {"inf": 0}.get(was["memory_epochs"], was["memory_epochs"]),
@@ -122,10 +123,9 @@ def conditions(report):
 
 def configuration(report):
     """Return what the runs of one row must share: all but their seeds and the rates they found."""
-    rates, lrs = report["rates"], (report["lr_sweep"] or {}).get("lr")
+    rates = report["rates"]
     given = [rates[name] for name in ("lr_max", "lr_min") if rates[f"{name}_from"] == "given"]
-    pace = lrs and round(lrs[1] / lrs[0], 6)
-    return sorted(report["config"]["recipe"].items()), conditions(report), given, pace
+    return sorted(report["config"]["recipe"].items()), conditions(report), given
 
 
 def check_alike(row, trait):
@@ -142,7 +142,8 @@ def load_row(patterns):
                for path in paths}
     if patterns and not reports:
         raise ValueError(f"no report matches {patterns}")
-    check_alike(reports, configuration)
+    # In the rows of this table, all runs with a change are together, whatever else changes.
+    check_alike(reports, conditions if "fast-tuning" in patterns else configuration)
     return dict(sorted(reports.items(), key=lambda item: item[1]["config"]["options"]["seed"]))
 
 
@@ -171,9 +172,9 @@ def epoch_cell(row, goal):
     return span(first).replace("inf", "never")
 
 
-def seconds_cell(row, key):
+def time_cell(row, key, unit=1):
     check_alike(row, lambda report: report["environment"]["device_name"])  # times hang on it
-    return span(values(row, key), "{:,.0f}")
+    return span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
 def found_rates(row):
@@ -191,12 +192,11 @@ CELLS = {
     "LRMAX": lambda row: span([report["rates"]["lr_max"] for report in row.values()]),
     "90% at epoch": lambda row: epoch_cell(row, "0.90"),
     "94% at epoch": lambda row: epoch_cell(row, "0.94"),
-    "training, s": lambda row: seconds_cell(row, "train_seconds"),
-    "sweep, s": lambda row: seconds_cell(row, "sweep_seconds"),
-    "whole run, s": lambda row: seconds_cell(row, "total_seconds"),
-    "sweeps": lambda row: f"{len(row)}",
+    "training, s": lambda row: time_cell(row, "train_seconds"),
+    "sweep, s": lambda row: time_cell(row, "sweep_seconds"),
+    "seconds": lambda row: time_cell(row, "total_seconds"),
+    "minutes": lambda row: time_cell(row, "total_seconds", 60),
     "LRMAX found": lambda row: span(found_rates(row)),
-    "median": lambda row: f"{statistics.median(found_rates(row)):.3g}",
     "largest / smallest": lambda row: f"{max(found_rates(row)) / min(found_rates(row)):.2f}",
 }
 
