@@ -106,7 +106,7 @@ class Recipe:
             object.__setattr__(self, field.name, type(field.default)(value))
 
 
-# "fast" needs less augmentation, because in 12 epochs it sees each image only 12 times.
+# "fast" shows each image only 12 times, so it augments less. Its EMA is shorter, as the run is.
 # "plain" is the recipe as it was handed out, with PyTorch's defaults where it is silent.
 RECIPES = {
     "tuned": Recipe(),
@@ -271,7 +271,7 @@ def cut_holes(images, top, left, size):
 
 
 def augment_images(recipe, padded, mirrored, generator):
-    """Crop, flip and cut out: padded (B, 3, H + 2 padding, W + 2 padding) to (B, 3, H, W).
+    """Crop, flip and cut out: padded (B, C, S + 2 padding, S + 2 padding) to (B, C, S, S).
 
     Each image has a random crop and a random hole of its own, which lies inside the crop.
     """
@@ -374,7 +374,7 @@ class Run:
     recipe: Recipe
     seed: int
     device: str
-    dtype: torch.dtype  # of convolutions and products; the weights are fp32
+    dtype: torch.dtype  # of convolutions and matrix products; the weights are fp32
     mean: torch.Tensor  # (3,), of the training images, which are normalized with it
     std: torch.Tensor  # (3,)
     training: Split  # padded
@@ -444,6 +444,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         raise ValueError("the built-in network takes images of 3 x 32 x 32; give a `model`")
     device, precision = choose_device(device, precision)
     dtype = DTYPES[precision]
+    torch.backends.cudnn.benchmark = dtype != torch.bfloat16  # in bf16, capture_graph searches
     if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc then keeps freed memory for the next step, and a step gets a fifth faster.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
@@ -476,7 +477,9 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
 
 def begin_training(run):
-    """Put the model into training mode. Raise ValueError if the optimizer has another model."""
+    """Prepare the model for steps, or raise ValueError if they would not train it correctly."""
+    if run.mid_epoch:
+        raise ValueError("an epoch of this run was interrupted; go back to a saved state()")
     held = {id(values) for group in run.optimizer.param_groups for values in group["params"]}
     if not held.issuperset(map(id, run.model.parameters())):
         raise ValueError("the optimizer does not hold all parameters of the model")
@@ -489,13 +492,13 @@ def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None if the run goes without one.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts those of a forward or backward pass at once. GPUs without bf16 are too slow to wait.
+    starts those of a forward or backward pass at once. Older GPUs, without bf16, do not wait.
     """
     if (run.device, run.dtype, type(run.model)) != ("cuda", torch.bfloat16, ResNet):
         return None
     images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
     before = [buffer.clone() for buffer in run.model.buffers()]
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # differs, harmlessly
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # differs
     # nn.Sequential, because the capture replaces the `forward` of the module it is given.
     with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
@@ -683,11 +686,10 @@ def train_epochs(run, rates, on_step=None):
     for group in run.optimizer.param_groups:
         if group.get("decays"):
             group["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
+    started = time.perf_counter()
     begin_training(run)
     while run.epoch < recipe.epochs:
-        if run.mid_epoch:
-            raise ValueError("an epoch of this run was interrupted; go back to a saved state()")
-        run.mid_epoch, started = True, time.perf_counter()
+        run.mid_epoch = True
         losses, correct = [], 0
         for images, labels in augmented_batches(recipe, run.training, run.seed, run.epoch + 1):
             step = run.epoch * steps + len(losses)
@@ -711,6 +713,7 @@ def train_epochs(run, rates, on_step=None):
                "train_accuracy": correct.item() / image_count, "train_seconds": seconds,
                "images_per_second": image_count / seconds, **metrics,
                "elapsed_seconds": run.seconds}
+        started = time.perf_counter()
 
 
 # ==== THE PROGRAM =========================================================================
@@ -783,6 +786,8 @@ def parse_arguments(argv=None):
         parser.error(str(error))
     name = options.checkpoint or f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
     options.output = options.output or str(Path(name).with_suffix(".json"))
+    if options.output in (options.checkpoint, options.weights):
+        parser.error("the report and the other files must have different names")
     return recipe, options
 
 
@@ -807,10 +812,7 @@ def load_images(options):
 # ---- Files: report (JSON), checkpoint, weights -------------------------------------------
 
 def write_file(path, save):
-    """Write what `save(file)` writes, whole or not at all: a reader never sees half a file.
-
-    Raise UserError if it cannot be written.
-    """
+    """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails."""
     content, target = io.BytesIO(), Path(path).resolve()  # symbolic links are kept
     save(content)
     try:
@@ -901,13 +903,13 @@ def summarize_epochs(rows, images):
 
 def load_checkpoint(path, run, report):
     """Bring `run` and `report` to where the checkpoint was saved, or raise UserError."""
-    def identity(report):  # this must be the same in both runs
+    def settings_of(report):  # this must be the same in both runs
         values = {**report["config"]["options"], **report["data"], **report["environment"]}
         names = "seed lr_max lr_min train_images test_images evaluated_on device precision"
         return {**report["config"]["recipe"], **{name: values[name] for name in names.split()}}
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
-        then, now = identity(saved["report"]), identity(report)
+        then, now = settings_of(saved["report"]), settings_of(report)
         wrong = [f"{name} {then[name]}, not {now[name]}" for name in now
                  if then[name] != now[name]]
         if not wrong:
@@ -1117,7 +1119,7 @@ def train_once(recipe, options, images):
         path = Path(options.output)
         path.with_name(f"{path.stem}-{name}.png").unlink(missing_ok=True)
     summary = report["summary"]
-    started -= summary["total_seconds"]  # of the sittings before this one
+    started -= summary["total_seconds"]  # of earlier processes
 
     def save(status, checkpoint=False):
         summary.update(summarize_epochs(report["epochs"], len(training.labels)), status=status,
@@ -1175,10 +1177,7 @@ def train_once(recipe, options, images):
 
 
 def main(argv=None):
-    """Run the script with the given arguments, by default those of the command line.
-
-    With --runs, the seed is added to the names of files.
-    """
+    """Run with the given arguments, by default the command line's. --runs adds seeds to names."""
     recipe, options = parse_arguments(argv)
     images, accuracies = load_images(options), []
     for seed in range(options.seed, options.seed + options.runs):
@@ -1207,7 +1206,7 @@ def run_process():
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:  # the latter without a text
+    except (RuntimeError, MemoryError) as error:  # MemoryError has no text
         if not re.search("out of memory|can't allocate memory|^$", str(error), re.IGNORECASE):
             raise
         sys.exit("error: out of memory. Try a smaller --batch-size.")
