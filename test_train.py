@@ -362,8 +362,8 @@ def sweep_of(monkeypatch, steps_per_epoch, loss_at):
     monkeypatch.setattr(train, "augmented_batches", batches)
     monkeypatch.setattr(train, "train_step", step)
     run = SimpleNamespace(recipe=Recipe(), seed=0, training=None, steps_per_epoch=steps_per_epoch,
-                          state=dict, load_state=dict, model=nn.Identity(), device="cpu",
-                          dtype=None, optimizer=SimpleNamespace(param_groups=[]))
+                          state=dict, load_state=dict, model=nn.Identity(), mid_epoch=False,
+                          device="cpu", dtype=None, optimizer=SimpleNamespace(param_groups=[]))
     rates = train.find_rates(run)
     count = len(rates.sweep["lr"])
     assert rates.sweep["lr"] == taken[:count] and taken[0] == 1e-6

@@ -1112,12 +1112,9 @@ def train_once(recipe, options, images):
     training, test, classes = images
     run = start_run(recipe, training, test, options.seed, options.device, options.precision)
     report = new_report(options, run)
-    resumed = options.checkpoint is not None and Path(options.checkpoint).exists()
+    resumed = options.checkpoint is not None and Path(options.checkpoint).is_file()
     if resumed:
         load_checkpoint(options.checkpoint, run, report)
-    for name in ("sweep", "curves", "misclassified", "augmented"):  # figures of an earlier run
-        path = Path(options.output)
-        path.with_name(f"{path.stem}-{name}.png").unlink(missing_ok=True)
     summary = report["summary"]
     started -= summary["total_seconds"]  # of earlier processes
 
@@ -1137,6 +1134,9 @@ def train_once(recipe, options, images):
             print(f"warning  {error}")  # the next epoch tries again
 
     save("running")
+    for name in ("sweep", "curves", "misclassified", "augmented"):  # figures of an earlier run
+        path = Path(options.output)
+        path.with_name(f"{path.stem}-{name}.png").unlink(missing_ok=True)
     print_heading(report)
     try:
         if resumed:
