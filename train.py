@@ -498,7 +498,8 @@ def capture_graph(run):
         return None
     images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
     before = [buffer.clone() for buffer in run.model.buffers()]
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # differs
+    # The capture has a stream of its own. PyTorch warns of that, but here it costs nothing.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     # nn.Sequential, because the capture replaces the `forward` of the module it is given.
     with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
@@ -1177,7 +1178,7 @@ def train_once(recipe, options, images):
 
 
 def main(argv=None):
-    """Run with the given arguments, by default the command line's. --runs adds seeds to names."""
+    """Run with the given arguments, by default the command line's; --runs puts seeds into file names."""
     recipe, options = parse_arguments(argv)
     images, accuracies = load_images(options), []
     for seed in range(options.seed, options.seed + options.runs):
