@@ -1178,7 +1178,7 @@ def train_once(recipe, options, images):
 
 
 def main(argv=None):
-    """Run with the given arguments, by default the command line's; --runs puts seeds into file names."""
+    """Run with these arguments or the command line's. --runs puts the seeds into file names."""
     recipe, options = parse_arguments(argv)
     images, accuracies = load_images(options), []
     for seed in range(options.seed, options.seed + options.runs):
