@@ -84,17 +84,17 @@ class Recipe:
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
     # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many epochs.
     # The same time suits all batch sizes and learning rates.
-    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "weight decay, as a time; 0: none")
+    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "time of weight decay, in epochs; 0: none")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
     label_smoothing: float = recipe_field(0.2, (0.0, 0.99), "share spread over all classes")
     # The weights are noisy while the learning rate is high. Their moving average (EMA) is not.
-    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "EMA of the weights, as a time; 0: none")
+    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "time of the EMA, in epochs; 0: no EMA")
     # A learning rate that suits the convolutions is too large for the last layer.
     logit_scale: float = recipe_field(0.125, (1e-6, 1e6), "the logits are multiplied by this")
     initialization: str = recipe_field("identity", ("identity", "pytorch"), "identity: the "
                                        "first layer whitens, the others pass their input on")
     padding: int = recipe_field(4, (0, 16), "pixels on each side, before the random crop")
-    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "fills the border")
+    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "fills the padding")
     flips: str = recipe_field("alternating", ("alternating", "random"), "horizontal flips")
     cutout: int = recipe_field(8, (0, 31), "side of the blanked square, in pixels")
 
