@@ -106,7 +106,7 @@ class Recipe:
             object.__setattr__(self, field.name, type(field.default)(value))
 
 
-# "fast" shows each image only 12 times, so it augments less. Its EMA is shorter, as the run is.
+# "fast" shows each image only 12 times, so it augments less. A shorter run has a shorter EMA.
 # "plain" is the recipe as it was handed out, with PyTorch's defaults where it is silent.
 RECIPES = {
     "tuned": Recipe(),
@@ -444,7 +444,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         raise ValueError("the built-in network takes images of 3 x 32 x 32; give a `model`")
     device, precision = choose_device(device, precision)
     dtype = DTYPES[precision]
-    torch.backends.cudnn.benchmark = dtype != torch.bfloat16  # in bf16, capture_graph searches
+    torch.backends.cudnn.benchmark = dtype != torch.bfloat16  # for bf16, see capture_graph
     if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc then keeps freed memory for the next step, and a step gets a fifth faster.
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
@@ -492,19 +492,18 @@ def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None if the run goes without one.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts those of a forward or backward pass at once. Older GPUs, without bf16, do not wait.
+    starts those of a forward or backward pass at once. A GPU without bf16 does not wait.
     """
     if (run.device, run.dtype, type(run.model)) != ("cuda", torch.bfloat16, ResNet):
         return None
     images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
-    before = [buffer.clone() for buffer in run.model.buffers()]
+    before = copy.deepcopy(run.model.state_dict())
     # The capture has a stream of its own. PyTorch warns of that, but here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     # nn.Sequential, because the capture replaces the `forward` of the module it is given.
     with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
-    for buffer, values in zip(run.model.buffers(), before):
-        buffer.copy_(values)  # steps before the capture have moved BatchNorm's statistics
+    run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
     return graph
 
 
@@ -787,8 +786,9 @@ def parse_arguments(argv=None):
         parser.error(str(error))
     name = options.checkpoint or f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
     options.output = options.output or str(Path(name).with_suffix(".json"))
-    if options.output in (options.checkpoint, options.weights):
-        parser.error("the report and the other files must have different names")
+    files = list(map(Path, filter(None, [options.output, options.checkpoint, options.weights])))
+    if len(set(map(Path.resolve, files))) < len(files):
+        parser.error("output, checkpoint and weights must be different files")
     return recipe, options
 
 

@@ -142,7 +142,7 @@ def load_row(patterns):
                for path in paths}
     if patterns and not reports:
         raise ValueError(f"no report matches {patterns}")
-    # In the rows of this table, all runs with a change are together, whatever else changes.
+    # A row of fast-tuning has all runs with one change, whatever else differs between them.
     check_alike(reports, conditions if "fast-tuning" in patterns else configuration)
     return dict(sorted(reports.items(), key=lambda item: item[1]["config"]["options"]["seed"]))
 
