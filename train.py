@@ -1,13 +1,26 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.7", "torchvision>=0.22", "numpy", "matplotlib"]
+# ///
 """Train a small residual network on CIFAR-10 under the one-cycle policy.
 
     python train.py --epochs 24 --batch-size 512
 
-How to read this file: it has two halves. The method comes first: recipe, data, augmentation,
-model, run, one-cycle, sweep, evaluation and training. `train_step` takes one optimizer step;
-the sweep (`find_rates`) and the training loop (`train_epochs`) call it. The program around
-the method follows: command line, files, screen, figures, and `main`.
-After `import train`, an experiment of your own calls `start_run`, `find_rates` and
-`train_epochs`, as `main` does.
+How to read this file: it has two halves. The method comes first, then the program around
+it: command line, files, screen, figures, and `main`. The method in calls:
+
+    start_run                    checks the data, makes network and optimizer: a Run
+    find_rates                   the sweep, which finds the learning rates
+        train_step               one optimizer step
+    train_epochs                 a row of metrics for each epoch
+        train_epoch
+            augmented_batches    shuffle, crop, flip, cutout
+            train_step
+            update_average       the moving average of the weights
+        evaluate_run
+
+`main` calls them through `train_once`. After `import train`, your own experiment can call
+them, too.
 """
 
 import argparse
@@ -15,12 +28,13 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import io
+import itertools
 import json
 import math
 import numbers
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -29,8 +43,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -39,84 +55,118 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock  # PyTorch requires it, so it is there
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 
-# ==== THE METHOD ==========================================================================
+if torch.__version__ < (2, 7):  # PyTorch's own type of string, which compares versions
+    raise ImportError(f"train.py needs PyTorch 2.7 or newer, this is {torch.__version__}")
 
-# ---- Recipe: each field becomes an option of the command line ----------------------------
+# ==== THE METHOD =======================================================================
+
+# ---- Recipe: each field becomes an option of the command line -------------------------
+
+MAX_EPOCHS = 100_000
+
 
 def recipe_field(default, allowed, help):
-    """Return a field of Recipe; `allowed` is its lowest and highest value, or its names."""
+    """Return a field of Recipe, with the type of its default.
+
+    `allowed` holds the names that it may have, or the lowest and the highest number.
+    """
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
 
 def check_value(name, value, kind, allowed):
-    """Raise ValueError, with a sentence that begins with `name`, unless `value` is allowed."""
+    """Raise ValueError with a sentence about `name`, unless `value` is allowed.
+
+    `kind` is int, float or str. `allowed` holds the names, or the lowest and highest
+    number.
+    """
     if kind is str:
-        valid, wanted = value in allowed, f"one of {', '.join(allowed)}"
+        is_allowed = value in allowed
+        wanted = f"one of {', '.join(allowed)}"
     else:
-        number = numbers.Integral if kind is int else numbers.Real
-        valid = isinstance(value, number) and allowed[0] <= value <= allowed[1]
-        wanted = f"{'an integer' if kind is int else 'a number'} from {allowed[0]} to {allowed[1]}"
-    if not valid:
+        lowest, highest = allowed
+        number_type = numbers.Integral if kind is int else numbers.Real
+        is_allowed = isinstance(value, number_type) and lowest <= value <= highest
+        kind_of_number = "an integer" if kind is int else "a number"
+        wanted = f"{kind_of_number} from {lowest} to {highest}"
+    if not is_allowed:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The constants of a run. `Recipe()` is the tuned recipe; RECIPES has the others, too.
+    """The constants of a run. `Recipe()` is the tuned recipe; RECIPES has the others.
 
-    `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises ValueError.
+    `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises
+    ValueError.
     """
-    epochs: int = recipe_field(24, (0, 100_000), "passes over the training images")
-    batch_size: int = recipe_field(512, (2, 50_000), "images in a step; fewer with --subset")
-    peak_fraction: float = recipe_field(5 / 24, (0.0, 0.99), "part of the run before the peak")
-    annihilation: float = recipe_field(1.0, (1.0, 1e9), "the last learning rate is LRMIN / this")
+    epochs: int = recipe_field(24, (0, MAX_EPOCHS), "passes over the training images")
+    batch_size: int = recipe_field(
+        512, (2, 50_000), "images in a step; fewer with --subset")
+    optimizer: str = recipe_field(
+        "adam", ("adam", "muon"), "muon: Muon for most convolutions, Adam for the rest")
+    peak_fraction: float = recipe_field(
+        5 / 24, (0.0, 0.99), "part of the run before the peak")
+    annihilation: float = recipe_field(
+        1.0, (1.0, 1e9), "the last learning rate is LRMIN / this")
     # Adam's first beta moves against the learning rate.
     beta1: float = recipe_field(0.95, (0.0, 0.9999), "Adam's first beta at LRMIN")
     beta1_peak: float = recipe_field(0.85, (0.0, 0.9999), "Adam's first beta at LRMAX")
     beta2: float = recipe_field(0.999, (0.0, 0.999999), "Adam's second beta")
-    # Adam divides a gradient by the root of its mean square plus epsilon. 0.01 is larger than
-    # most of these roots, so Adam moves the weights almost as SGD with momentum would.
+    # Adam divides a gradient by the root of its mean square plus epsilon. 0.01 is larger
+    # than most of these roots, so Adam moves the weights almost as SGD with momentum would.
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
-    # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many epochs.
-    # The same time suits all batch sizes and learning rates.
-    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "time of weight decay, in epochs; 0: none")
+    # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many
+    # epochs. The same time suits all batch sizes and learning rates.
+    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "epochs of weight decay; 0: none")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
-    label_smoothing: float = recipe_field(0.2, (0.0, 0.99), "share spread over all classes")
-    # The weights are noisy while the learning rate is high. Their moving average (EMA) is not.
-    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "time of the EMA, in epochs; 0: no EMA")
-    # A learning rate that suits the convolutions is too large for the last layer.
-    logit_scale: float = recipe_field(0.125, (1e-6, 1e6), "the logits are multiplied by this")
-    initialization: str = recipe_field("identity", ("identity", "pytorch"), "identity: the "
-                                       "first layer whitens, the others pass their input on")
+    label_smoothing: float = recipe_field(
+        0.2, (0.0, 0.99), "share spread over all classes")
+    # The weights are noisy while the learning rate is high. Their exponential moving average
+    # (EMA) is not.
+    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "epochs of the EMA; 0: no EMA")
+    # A learning rate that suits the convolutions is too large for the last layer. Smaller
+    # logits make its steps smaller.
+    logit_scale: float = recipe_field(
+        0.125, (1e-6, 1e6), "the logits are multiplied by this")
+    initialization: str = recipe_field(
+        "identity", ("identity", "pytorch"),
+        "identity: the first layer whitens, the others pass their input on")
     padding: int = recipe_field(4, (0, 16), "pixels on each side, before the random crop")
-    padding_mode: str = recipe_field("reflect", ("reflect", "constant"), "fills the padding")
-    flips: str = recipe_field("alternating", ("alternating", "random"), "horizontal flips")
+    padding_mode: str = recipe_field(
+        "reflect", ("reflect", "constant"), "fills the padding")
+    flips: str = recipe_field(
+        "alternating", ("alternating", "random", "none"), "horizontal flips")
     cutout: int = recipe_field(8, (0, 31), "side of the blanked square, in pixels")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
-            check_value(field.name, value, type(field.default), allowed)
-            # The class is frozen. The conversion makes numbers of NumPy Python's own.
-            object.__setattr__(self, field.name, type(field.default)(value))
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            check_value(field.name, value, kind, field.metadata["allowed"])
+            # `kind` turns NumPy's numbers into Python's. The class is frozen, so a plain
+            # assignment would fail.
+            object.__setattr__(self, field.name, kind(value))
+        if self.optimizer == "muon" and self.l2 > 0:
+            raise ValueError("l2 must be 0 with optimizer muon, which has no L2 term")
 
 
-# "fast" shows each image only 12 times, so it augments less. A shorter run has a shorter EMA.
-# "plain" is the recipe as it was handed out, with PyTorch's defaults where it is silent.
+# "fast" shows each image only 12 times, so it augments less. A shorter run has a shorter
+# EMA. "plain" is the recipe of a course. Where that names no value, it has PyTorch's default.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=12, padding=2, cutout=0, ema_epochs=0.25),
-    "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0, logit_scale=1,
-                    initialization="pytorch", padding_mode="constant", flips="random"),
+    "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0,
+                    logit_scale=1, initialization="pytorch", padding_mode="constant",
+                    flips="random"),
 }
 
 
-class UserError(ValueError):
+class UserError(RuntimeError):
     """A failure whose message says what happened and what to do next."""
 
 
@@ -124,92 +174,107 @@ class Diverged(UserError):
     """The loss became NaN or infinite."""
 
 
-# ---- Data: the whole data set on the device ----------------------------------------------
+# ---- Data: the whole data set on the device -------------------------------------------
 
 class Split(NamedTuple):
-    """Images (N, 3, H, W) and their labels (N,), two tensors on one device."""
+    """Images (N, C, H, W) and their labels (N,), two tensors on one device."""
     images: torch.Tensor
     labels: torch.Tensor
 
 
-def load_cifar10(data_dir):
-    """Return CIFAR-10's training split, test split and class names; download it if necessary.
+def make_split(images, labels):
+    """Return a Split of an array of images (N, H, W, C) and their labels (N,).
 
-    The images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if a download fails or a
-    file is damaged. (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
+    CIFAR10 and CIFAR100 of torchvision have this form: `dataset.data, dataset.targets`.
     """
-    folder = Path(data_dir) / CIFAR10.base_folder
-    checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list,
-                      (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
-    if not all((folder / name).exists() for name in checksums):
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Split(images, torch.as_tensor(labels).long())
+
+
+def load_cifar10(data_dir):
+    """Return CIFAR-10's training split, test split and class names; download it if needed.
+
+    The images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download
+    fails. (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
+    """
+    try:
+        return read_cifar10(data_dir)
+    except RuntimeError:  # a file is missing or damaged
         download_cifar10(Path(data_dir))
-    for name, checksum in checksums.items():
-        if not check_integrity(str(folder / name), checksum):
-            raise UserError(f"{folder / name} is damaged: its checksum is wrong.\n"
-                            f"Delete it and run again to download CIFAR-10 anew.")
-    datasets = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
-    return *(Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2),
-                   torch.tensor(dataset.targets)) for dataset in datasets), datasets[0].classes
+        return read_cifar10(data_dir)
+
+
+def read_cifar10(data_dir):
+    """Do what `load_cifar10` does, or raise RuntimeError if a file is missing or damaged."""
+    training = CIFAR10(data_dir, train=True)  # checks the MD5 of each file
+    test = CIFAR10(data_dir, train=False)
+    return (make_split(training.data, training.targets),
+            make_split(test.data, test.targets), training.classes)
 
 
 def download_cifar10(data_dir):
-    """Download CIFAR-10 into `data_dir`, or unpack the archive if it is there.
+    """Bring CIFAR-10 into `data_dir`. Raise UserError if that fails.
 
-    The files are moved there at the end. So a failure leaves nothing half done, and two runs
-    may download at the same time.
+    torchvision downloads or unpacks again what is missing or damaged. The lock makes a
+    second run wait until the first one is done.
     """
-    folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
+    archive = data_dir / CIFAR10.filename
     timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets none
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as scratch:
-            if archive.exists():
-                shutil.copy(archive, scratch)  # CIFAR10 downloads it only if it is damaged
-            else:
-                print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}.\n"
-                      f"         You can also put that file at {archive} by hand.", flush=True)
-            socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets none
-            CIFAR10(scratch, download=True)
-            for path in (Path(scratch) / CIFAR10.base_folder).iterdir():
-                path.replace(folder / path.name)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / "cifar-10.lock"):
+            if not archive.exists():
+                print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}")
+            CIFAR10(data_dir, download=True)
     except Exception as error:  # network, archive and disk raise errors of many types
-        for path in (folder, data_dir):
-            with contextlib.suppress(OSError):
-                path.rmdir()  # if it is empty
-        raise UserError(f"could not get CIFAR-10 ({error}).\nPut {CIFAR10.url} at {archive} "
-                        "by hand, or try the sample: python train.py --subset") from None
+        advice = (f"Put a whole copy of {CIFAR10.url} at {archive},\n"
+                  "or name the folder that has CIFAR-10 with --data-dir.")
+        if SAMPLE.exists():
+            advice += "\nA first look needs no download: python train.py --subset"
+        raise UserError(f"could not get CIFAR-10 ({error}).\n{advice}") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 # Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
-SAMPLE = Path(globals().get("__file__", "train.py")).resolve().parent / "data" / "sample.npz"
+SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
+SAMPLE = SCRIPT.parent / "data" / "sample.npz"
 
 
 def load_sample():
-    """Return the first 2,000 training and 400 test images in the form of `load_cifar10`."""
+    """Return the sample: the first 2,000 training and 400 test images, and class names."""
     with np.load(SAMPLE) as sample:
-        return *(Split(torch.from_numpy(sample[f"{name}_images"]).permute(0, 3, 1, 2),
-                       torch.from_numpy(sample[f"{name}_labels"]).long())
-                 for name in ("train", "test")), sample["classes"].tolist()
+        training = make_split(sample["train_images"], sample["train_labels"])
+        test = make_split(sample["test_images"], sample["test_labels"])
+        return training, test, sample["classes"].tolist()
 
 
 def normalize_images(images, mean, std):
-    """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std, both (C,)."""
+    """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
-    mean, std = (values.to(images.device).view(1, -1, 1, 1) for values in (mean, std))
+    mean = mean.to(images.device).view(1, -1, 1, 1)
+    std = std.to(images.device).view(1, -1, 1, 1)
     return (images.float() / 255 - mean) / std
+
+
+def restore_images(images, mean, std):
+    """Return normalized images (N, C, H, W) as uint8: `normalize_images`, undone."""
+    mean = mean.to(images.device).view(1, -1, 1, 1)
+    std = std.to(images.device).view(1, -1, 1, 1)
+    return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
 
 
 def memory_format(device):
     """Return the layout of images and weights that is fast and correct on `device`."""
-    # Many versions of PyTorch get channels-last gradients on Apple GPUs wrong (#175189 there).
+    # Many versions of PyTorch get channels-last gradients on Apple GPUs wrong:
+    # https://github.com/pytorch/pytorch/issues/175189
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="constant"):
-    """Normalize and pad a Split on `device`: (N, C, H + 2 padding, W + 2 padding), `dtype`."""
+    """Move a Split to `device`; normalize its images and pad each side by `padding`."""
     images = normalize_images(split.images.to(device), mean, std).to(dtype)
     if padding:
         images = F.pad(images, (padding,) * 4, mode=padding_mode)
@@ -218,13 +283,17 @@ def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="con
 
 
 def check_split(name, split, num_classes):
-    """Raise ValueError, which names the split and the reason, if it cannot be trained on."""
+    """Raise ValueError with the reason if a Split cannot be trained on."""
     images, labels = split
     reason = None
     if images.dtype != torch.uint8 or images.ndim != 4:
-        reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
-    elif not 0 < len(images) == len(labels):
-        reason = f"each image needs a label, got {len(images)} images and {len(labels)} labels"
+        shape = tuple(images.shape)
+        reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {shape}"
+    elif labels.ndim != 1:
+        reason = f"labels must be (N,), one for each image, got {tuple(labels.shape)}"
+    elif len(images) == 0 or len(images) != len(labels):
+        counts = f"{len(images)} images and {len(labels)} labels"
+        reason = f"each image needs a label, got {counts}"
     elif labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_classes:
         reason = f"labels must be whole numbers from 0 to {num_classes - 1}"
     elif (images.amax((0, 2, 3)) == images.amin((0, 2, 3))).any():
@@ -233,80 +302,110 @@ def check_split(name, split, num_classes):
         raise ValueError(f"{name} split: {reason}")
 
 
-# ---- Augmentation: tensor operations on a batch, with random draws for each image --------
+# ---- Augmentation: tensor operations on a batch, with random draws for each image -----
+
+# Each epoch of each seed has random numbers of its own. Epoch 0 is for draws before training,
+# 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
+# none of the sweep's batches.
+SWEEP_EPOCH = 900_000
+SEED_STRIDE = 1_000_003  # more than all these epochs, so that two seeds share none
+
 
 def epoch_generator(seed, epoch, device):
     """Return the generator of an epoch's random numbers. A resumed run draws the same."""
-    return torch.Generator(device).manual_seed(1_000_003 * seed + epoch)
+    return torch.Generator(device).manual_seed(SEED_STRIDE * seed + epoch)
 
 
 def draw_flips(recipe, count, seed, epoch, device, generator):
-    """Return which of `count` training images are mirrored in this epoch: booleans (count,).
+    """Return which training images are mirrored in this epoch: booleans (count,).
 
-    Alternating: half of the images, chosen once at random, are mirrored in odd epochs, the
-    other half in even epochs (K. Jordan, arXiv:2404.00498, section 3.6).
+    Alternating: half of the images, chosen once at random, are mirrored in odd epochs,
+    the other half in even epochs (K. Jordan, arXiv:2404.00498, section 3.6).
     """
-    if recipe.flips == "alternating":
-        generator = epoch_generator(seed, 0, device)  # the same coins in every epoch
-        return (torch.randint(2, (count,), generator=generator, device=device) + epoch) % 2 == 1
-    return torch.randint(2, (count,), generator=generator, device=device) == 1
+    if recipe.flips == "none":
+        return torch.zeros(count, dtype=torch.bool, device=device)
+    if recipe.flips == "random":
+        return torch.randint(2, (count,), generator=generator, device=device) == 1
+    coin_generator = epoch_generator(seed, 0, device)  # the same in every epoch
+    coins = torch.randint(2, (count,), generator=coin_generator, device=device)
+    return (coins + epoch) % 2 == 1
 
 
-def crop_images(images, top, left, size):
-    """Cut (B, C, size, size), channels-last, out of (B, C, H, W), each at its own corner."""
-    span = torch.arange(size, device=images.device)
-    image = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    row = (top.view(-1, 1) + span).view(-1, size, 1)
-    column = (left.view(-1, 1) + span).view(-1, 1, size)
-    return images.permute(0, 2, 3, 1)[image, row, column].permute(0, 3, 1, 2)
+def crop_images(images, top, left, height, width):
+    """Cut (B, C, height, width) out of (B, C, H, W), each at its own corner."""
+    device = images.device
+    image_index = torch.arange(len(images), device=device).view(-1, 1, 1)
+    row = (top.view(-1, 1) + torch.arange(height, device=device)).view(-1, height, 1)
+    column = (left.view(-1, 1) + torch.arange(width, device=device)).view(-1, 1, width)
+    channels_last = images.permute(0, 2, 3, 1)  # so that an index takes a whole pixel
+    return channels_last[image_index, row, column].permute(0, 3, 1, 2)
 
 
 def cut_holes(images, top, left, size):
-    """Blank a square in each of (B, C, H, W) with the mean color, zero (arXiv:1708.04552)."""
-    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+    """Blank a square in each of (B, C, H, W) with the mean color, zero.
+
+    (T. DeVries and G. Taylor, arXiv:1708.04552.)
+    """
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
     in_rows = (rows >= top.view(-1, 1)) & (rows < top.view(-1, 1) + size)
     in_columns = (columns >= left.view(-1, 1)) & (columns < left.view(-1, 1) + size)
     hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-    return torch.where(hidden, 0, images)  # masked_fill would lose the channels-last layout
+    # masked_fill would lose the channels-last layout.
+    return torch.where(hidden, 0, images)
 
 
 def augment_images(recipe, padded, mirrored, generator):
-    """Crop, flip and cut out: padded (B, C, S + 2 padding, S + 2 padding) to (B, C, S, S).
+    """Crop, flip and cut out: from padded images to (B, C, H, W).
 
     Each image has a random crop and a random hole of its own, which lies inside the crop.
     """
+    count = len(padded)
+
     def draw(choices):
-        return torch.randint(choices, (len(padded),), generator=generator, device=padded.device)
-    size = padded.shape[-1] - 2 * recipe.padding
-    corners, holes = 2 * recipe.padding + 1, size - recipe.cutout + 1
-    images = crop_images(padded, draw(corners), draw(corners), size)
+        return torch.randint(choices, (count,), generator=generator, device=padded.device)
+
+    height = padded.shape[-2] - 2 * recipe.padding
+    width = padded.shape[-1] - 2 * recipe.padding
+    corners = 2 * recipe.padding + 1
+    images = crop_images(padded, draw(corners), draw(corners), height, width)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    return cut_holes(images, draw(holes), draw(holes), recipe.cutout)
+    hole_top = draw(height - recipe.cutout + 1)
+    hole_left = draw(width - recipe.cutout + 1)
+    return cut_holes(images, hole_top, hole_left, recipe.cutout)
 
 
-def augmented_batches(recipe, training, seed, epoch):
-    """Shuffle a padded Split and yield batches: augmented images (B, 3, H, W), labels (B,)."""
-    images, labels = training
-    generator = epoch_generator(seed, epoch, images.device)
-    mirrored = draw_flips(recipe, len(labels), seed, epoch, images.device, generator)
-    order = torch.randperm(len(labels), generator=generator, device=images.device)
-    for chosen in order.split(recipe.batch_size):
-        batch = augment_images(recipe, images[chosen], mirrored[chosen], generator)
-        layout = memory_format(images.device.type)
+def augmented_batches(run, epoch):
+    """Yield a run's training images, shuffled and augmented, in batches with their labels.
+
+    A batch has images (B, C, H, W) and labels (B,).
+    """
+    images, labels = run.training
+    device = images.device
+    generator = epoch_generator(run.seed, epoch, device)
+    mirrored = draw_flips(run.recipe, len(labels), run.seed, epoch, device, generator)
+    order = torch.randperm(len(labels), generator=generator, device=device)
+    for chosen in order.split(run.recipe.batch_size):
+        batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
+        if run.augment is not None:
+            batch = run.augment(batch, generator)
+        layout = memory_format(device.type)
         yield batch.contiguous(memory_format=layout), labels[chosen]
 
 
-# ---- Model -------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------
 
 class ConvBlock(nn.Sequential):
     """Convolution 3x3, max-pool 2 if `pool`, BatchNorm, ReLU; `pool` halves H and W."""
 
     def __init__(self, c_in, c_out, pool=False):
-        super().__init__(
-            nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False),
-            *([nn.MaxPool2d(2)] if pool else []),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(inplace=True))
+        layers = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False)]
+        if pool:
+            layers.append(nn.MaxPool2d(2))
+        layers.append(nn.BatchNorm2d(c_out))
+        layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
 
 
 class ResBlock(nn.Module):
@@ -314,7 +413,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.residual = nn.Sequential(ConvBlock(channels, channels), ConvBlock(channels, channels))
+        self.residual = nn.Sequential(
+            ConvBlock(channels, channels), ConvBlock(channels, channels))
 
     def forward(self, x):
         return x + self.residual(x)
@@ -323,18 +423,20 @@ class ResBlock(nn.Module):
 class ResNet(nn.Module):
     """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018).
 
-    It has 6,573,130 parameters and turns images (B, 3, 32, 32) into logits (B, 10). With the
-    "identity" initialization, every convolution but the first one begins by passing its input
-    on. So the untrained network already carries the image to its last layer (K. Jordan,
-    arXiv:2404.00498, section 3.3).
+    It has 6,573,130 parameters and turns images (B, 3, 32, 32) into logits (B, 10). With
+    the "identity" initialization, every convolution but the first one begins by passing
+    its input on. So the untrained network already carries the image to its last layer
+    (K. Jordan, arXiv:2404.00498, section 3.3).
     """
 
     def __init__(self, recipe=Recipe(), num_classes=10):
         super().__init__()
         self.prep = ConvBlock(3, 64)  # (B, 64, 32, 32)
-        self.layer1 = nn.Sequential(ConvBlock(64, 128, pool=True), ResBlock(128))  # 16 x 16
+        self.layer1 = nn.Sequential(  # (B, 128, 16, 16)
+            ConvBlock(64, 128, pool=True), ResBlock(128))
         self.layer2 = ConvBlock(128, 256, pool=True)  # (B, 256, 8, 8)
-        self.layer3 = nn.Sequential(ConvBlock(256, 512, pool=True), ResBlock(512))  # 4 x 4
+        self.layer3 = nn.Sequential(  # (B, 512, 4, 4)
+            ConvBlock(256, 512, pool=True), ResBlock(512))
         self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())  # (B, 512)
         self.head = nn.Linear(512, num_classes)
         self.logit_scale = recipe.logit_scale
@@ -350,20 +452,122 @@ class ResNet(nn.Module):
 
 @torch.no_grad()
 def whiten_patches(model, images):
-    """Set the first convolution so that it whitens the 3x3 patches of images (N, 3, H, W).
+    """Let the first convolution whiten the 3x3 patches of images (N, 3, H, W).
 
-    27 filters become the eigenvectors of the patches' covariance, each divided by the root of
-    its eigenvalue (D. Page, How to Train Your ResNet 8, 2019). 27 more are their negatives,
-    because ReLU keeps one side of each (tysam-code, hlb-CIFAR10). The other 10 stay random.
+    27 filters become the eigenvectors of the patches' covariance, each divided by the
+    root of its eigenvalue (D. Page, How to Train Your ResNet 8, 2019). 27 more are their
+    negatives, because ReLU keeps one side of each (tysam-code, hlb-CIFAR10). The other
+    10 stay random.
     """
     patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions)
-    variances, directions = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
-    # Directions with almost no variance are noise; 0.01 keeps whitening from amplifying them.
+    covariance = torch.cov(patches.transpose(0, 1).flatten(1))
+    variances, directions = torch.linalg.eigh(covariance)
+    # Directions with almost no variance are noise. 0.01 keeps them from being amplified.
     filters = (directions / (variances + 0.01).sqrt()).T.reshape(27, 3, 3, 3)
     model.prep[0].weight[:54].copy_(torch.cat([filters, -filters]))
 
 
-# ---- Run: a model on a device, with what trains it; one step -----------------------------
+# ---- Optimizers: Adam, and Muon (K. Jordan, Muon: An optimizer for hidden layers, 2024)
+
+MUON_MOMENTUM = 0.6
+MUON_LR_FACTOR = 5 / 3  # Muon's learning rate / Adam's
+NEWTON_SCHULZ_STEPS = 3
+
+
+def orthogonalize(matrix, dtype=torch.float32):
+    """Return a matrix with the singular vectors of `matrix` and singular values near 1.
+
+    First, `matrix` is divided by its norm, so its singular values are at most 1. Then
+    each Newton-Schulz step turns a value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5. This
+    needs only matrix products, computed in `dtype`. Values above 0.02 end between 0.7 and
+    1.3.
+    """
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T  # makes the products smaller
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
+    """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
+
+    The step replaces the gradient by the nearest matrix (out, in x height x width) whose
+    singular values are near 1. So all directions of the matrix learn at one speed.
+    `momentum` has the shape of `weight`. It sums up the gradients of earlier steps and is
+    updated, too. `dtype` is that of the matrix products.
+    """
+    momentum.mul_(MUON_MOMENTUM).add_(gradient)
+    direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
+    update = orthogonalize(direction.flatten(1), dtype)
+    # A fixed norm takes the place of weight decay. The output stays as it is, because a
+    # BatchNorm follows, which divides it by its own deviation.
+    weight.mul_(math.sqrt(len(weight)) / weight.norm())
+    weight.add_(update.view_as(weight), alpha=-lr)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of convolutions, and Adam for all else, in one optimizer."""
+
+    def __init__(self, weights, adam, dtype=torch.float32):
+        """`weights` are those for Muon. `adam` is an Adam with the other parameters."""
+        self.adam = adam
+        self.dtype = dtype
+        muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": MUON_LR_FACTOR}
+        super().__init__([*adam.param_groups, muon_group], {})
+
+    @torch.no_grad()
+    def step(self):
+        """Take a step with all parameters that have a gradient."""
+        # Adam works on the groups and the state of this object, so that they are saved as
+        # one. load_state_dict replaces both, so Adam is given them in each step.
+        self.adam.state = self.state
+        self.adam.param_groups = [
+            group for group in self.param_groups if not group.get("muon")]
+        self.adam.step()
+        for group in self.param_groups:
+            if group.get("muon"):
+                self.step_with_muon(group)
+
+    def step_with_muon(self, group):
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            muon_step(weight, weight.grad, state["momentum"], group["lr"], self.dtype)
+
+
+def make_optimizer(recipe, model, dtype):
+    """Return the optimizer that the recipe names, for all parameters of the model.
+
+    Muon gets the weights of all convolutions but the first, Adam the rest.
+    """
+    muon_weights = []
+    if recipe.optimizer == "muon":
+        convolutions = [weight for weight in model.parameters() if weight.ndim == 4]
+        muon_weights = convolutions[1:]
+        if not muon_weights:
+            raise ValueError("the optimizer muon needs a network with two convolutions")
+    muon_ids = {id(weight) for weight in muon_weights}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in muon_ids]
+    # Decoupled weight decay spares biases and BatchNorms. It depends on LRMAX, so
+    # `train_epochs` sets it; the sweep has none. `train_step` sets learning rate and beta1.
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.ndim > 1], "decays": True},
+        {"params": [parameter for parameter in rest if parameter.ndim <= 1], "decays": False},
+    ]
+    adam = torch.optim.Adam(
+        groups, betas=(recipe.beta1_peak, recipe.beta2), eps=recipe.epsilon,
+        weight_decay=recipe.l2, decoupled_weight_decay=not recipe.l2, fused=True)
+    return Muon(muon_weights, adam, dtype) if muon_weights else adam
+
+
+# ---- Run: a model on a device, with what trains it; one step --------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -373,132 +577,272 @@ class Run:
     """A model, what trains it, and how far it has come. `start_run` makes one."""
     recipe: Recipe
     seed: int
-    device: str
-    dtype: torch.dtype  # of convolutions and matrix products; the weights are fp32
+    device: str  # "cuda", "mps" or "cpu"
+    precision: str  # of convolutions and matrix products; the weights are fp32
     mean: torch.Tensor  # (3,), of the training images, which are normalized with it
     std: torch.Tensor  # (3,)
-    training: Split  # padded
-    test: Split
-    model: nn.Module  # is trained
-    averaged: nn.Module  # is evaluated: its weights are a moving average of the model's
+    training: Split  # normalized and padded
+    test: Split  # normalized; with --holdout, training images that were set aside
+    model: nn.Module  # updated by the optimizer
+    averaged: nn.Module  # moving average of the weights, used for evaluation
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # in fp16 it scales the loss, or small gradients would vanish
+    scaler: torch.amp.GradScaler  # keeps small gradients from vanishing in fp16
+    loss: Callable  # see `start_run`
+    augment: Callable | None = None  # see `start_run`
+    cuda_graph: bool = True  # use one where it helps
+    preparation_seconds: float = 0.0
+    seconds: float = 0.0  # of preparation and training; evaluation does not count
     epoch: int = 0  # epochs trained
-    seconds: float = 0.0  # of data preparation and training; evaluation does not count
     mid_epoch: bool = False  # an epoch was begun and did not end
-    graph: nn.Module = None  # the model as a CUDA graph, see `capture_graph`
+    graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
+
+    @property
+    def dtype(self):
+        return DTYPES[self.precision]
 
     @property
     def steps_per_epoch(self):
         return math.ceil(len(self.training.labels) / self.recipe.batch_size)
 
     def autocast(self):
+        # A cache would keep copies of the weights, and a CUDA graph would go on with old ones.
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32,
-                              cache_enabled=False)  # a CUDA graph must not hold cached weights
+                              cache_enabled=False)
+
+    def forward(self, images):
+        """Return the model's logits (B, classes) in fp32.
+
+        Full batches go through the CUDA graph, if there is one.
+        """
+        is_full_batch = len(images) == self.recipe.batch_size
+        network = self.graph if self.graph is not None and is_full_batch else self.model
+        with self.autocast():
+            return network(images).float()
 
     def state(self):
-        """Return all that training changes. The tensors are not copied."""
-        return {"model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "epoch": self.epoch, "seconds": self.seconds}
+        """Return a copy of all that training changes, and of what it belongs to."""
+        return copy.deepcopy({
+            "recipe": dataclasses.asdict(self.recipe),
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(self.device),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+        })
 
     def load_state(self, state):
-        """Restore a `state()`."""
-        for part in ("model", "averaged", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        self.epoch, self.seconds, self.mid_epoch = state["epoch"], state["seconds"], False
-        self.optimizer.zero_grad(set_to_none=True)  # the gradients belong to the old weights
+        """Go back to a `state()`. Raise ValueError if it is of another recipe or seed."""
+        same_recipe = state["recipe"] == dataclasses.asdict(self.recipe)
+        if not same_recipe or state["seed"] != self.seed:
+            raise ValueError("this state is of a run with another recipe or seed")
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        # An optimizer goes on with the tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.scaler.load_state_dict(state["scaler"])
+        restore_random_state(self.device, state["random"])
+        self.epoch = state["epoch"]
+        self.seconds = state["seconds"]
+        self.mid_epoch = False
+        # The gradients belong to the weights that were replaced.
+        self.optimizer.zero_grad(set_to_none=True)
 
 
-def choose_device(device="auto", precision="auto"):
-    """Return the device and the precision of a run, or raise ValueError if they are not there.
+def random_state(device):
+    """Return the state of PyTorch's own random generators, which a dropout layer uses."""
+    state = {"cpu": torch.get_rng_state()}
+    if device != "cpu":
+        state[device] = torch.get_device_module(device).get_rng_state()
+    return state
 
-    "auto" is the fastest device, and bf16 if it has instructions for it, else fp16 on NVIDIA
-    GPUs and fp32 elsewhere. Without instructions for it, a precision is far slower than fp32.
+
+def restore_random_state(device, state):
+    """Go back to a `random_state`."""
+    torch.set_rng_state(state["cpu"].cpu())  # a checkpoint is loaded onto the GPU
+    if device != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device].cpu())
+
+
+def choose_device(device="auto"):
+    """Return "cuda", "mps" or "cpu", or raise ValueError if it is not available.
+
+    "auto" takes the fastest available device.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    device = next(name for name in found if found[name]) if device == "auto" else device
-    if not found.get(device):
+    available = []
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
+    if device == "auto":
+        return available[0]
+    if str(device) not in available:
         raise ValueError(f"device {device}: PyTorch finds no such device. Try cpu")
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.7 does not have it
-    fast = {"cpu": known.get("avx512_bf16") or known.get("amx_bf16"), "mps": False,
-            "cuda": found["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False)}
+    return str(device)
+
+
+def choose_precision(device, precision="auto"):
+    """Return "fp32", "bf16" or "fp16", or raise ValueError for another name.
+
+    "auto" is bf16 if the device has instructions for it, else fp16 on NVIDIA GPUs and
+    fp32 elsewhere. A device without such instructions emulates them, which is slow.
+    """
     if precision == "auto":
-        precision = "bf16" if fast[device] else "fp16" if device == "cuda" else "fp32"
+        if has_fast_bf16(device):
+            return "bf16"
+        return "fp16" if device == "cuda" else "fp32"
     check_value("precision", precision, str, tuple(DTYPES))
-    return device, precision
+    return precision
+
+
+def has_fast_bf16(device):
+    """Tell whether a device has instructions for bf16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities = cpu_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def cpu_capabilities():
+    """Return what PyTorch knows of the CPU, a dictionary."""
+    if hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.7 does not have it
+        return torch.cpu.get_capabilities()
+    return {}
 
 
 def start_run(recipe, training, test, seed=0, device="auto", precision="auto", model=None,
-              num_classes=10):
-    """Return a Run that has not trained yet. A seed gives the same weights on every device.
+              num_classes=10, loss=None, augment=None, cuda_graph=True):
+    """Return a Run that has not trained yet.
 
-    The Splits are of uint8 images (N, 3, 32, 32), or of what your own `model` takes, which
-    keeps its initialization. `device` is cuda, mps or cpu, `precision` fp32, bf16 or fp16;
-    `choose_device` says what "auto" is. Raise ValueError for what cannot be trained.
+    A seed gives the same initial weights on every device. The Splits are of uint8 images
+    (N, 3, 32, 32), or of what your own `model` takes. `choose_device` and
+    `choose_precision` say what "auto" is. Raise ValueError for what cannot be trained.
+
+    These parts of a run can be exchanged:
+
+    - `model` is a network, or a function that makes one, which is called under the seed.
+      A network keeps its weights: given to a second run, it goes on from the first one's.
+      `logit_scale` and `initialization` of the recipe are for the built-in network alone.
+    - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
+      `cross_entropy` does. It calls `run.forward` once for the logits.
+    - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
+      They are normalized, on the run's device, in its precision. `restore_images` makes
+      them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
+      seed decides.
+    - For another optimizer, set `run.optimizer` afterwards.
+    - A CUDA graph skips the hooks of a network. `cuda_graph=False` turns it off.
     """
     check_split("training", training, num_classes)
     check_split("test", test, num_classes)
-    if model is None and not training.images.shape[1:] == test.images.shape[1:] == (3, 32, 32):
-        raise ValueError("the built-in network takes images of 3 x 32 x 32; give a `model`")
-    device, precision = choose_device(device, precision)
+    is_built_in = model is None
+    check_sizes(recipe, training, test, is_built_in)
+    device = choose_device(device)
+    precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    torch.backends.cudnn.benchmark = dtype != torch.bfloat16  # for bf16, see capture_graph
-    if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc then keeps freed memory for the next step, and a step gets a fifth faster.
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
-    whiten = model is None and recipe.initialization == "identity"
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # keep the caller's random state
-        torch.default_generator.manual_seed(seed)
-        model = model or ResNet(recipe, num_classes)
+    # cuDNN's search for fast kernels takes time. In bf16, `capture_graph` alone does it.
+    torch.backends.cudnn.benchmark = precision != "bf16"
+    model = make_model(recipe, model, num_classes, seed)
     model.to(device, memory_format=memory_format(device))
-    # Decoupled weight decay spares biases and BatchNorms.
-    groups = [{"params": [parameter for parameter in model.parameters()
-                          if (parameter.ndim > 1) == decays], "decays": decays}
-              for decays in (True, False)]
-    optimizer = torch.optim.Adam(groups, betas=(recipe.beta1_peak, recipe.beta2),
-                                 eps=recipe.epsilon, weight_decay=recipe.l2,
-                                 decoupled_weight_decay=not recipe.l2, fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     started = time.perf_counter()
     std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
     training = prepare_images(training, mean, std, device, dtype, recipe.padding,
                               recipe.padding_mode)
     test = prepare_images(test, mean, std, device, dtype)
-    if whiten:
+    if is_built_in and recipe.initialization == "identity":
         whiten_patches(model, training.images[:1000])
     test.images[-1].sum().item()  # reading a value waits for a GPU: the seconds are right
     seconds = time.perf_counter() - started
-    return Run(recipe, seed, device, dtype, mean, std, training, test, model,
-               copy.deepcopy(model), optimizer, scaler, seconds=seconds)
+    return Run(
+        recipe=recipe, seed=int(seed), device=device, precision=precision,
+        mean=mean, std=std, training=training, test=test,
+        model=model, averaged=copy.deepcopy(model),
+        optimizer=make_optimizer(recipe, model, dtype),
+        scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
+        loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
+        preparation_seconds=seconds, seconds=seconds)
+
+
+def check_sizes(recipe, training, test, is_built_in):
+    """Raise ValueError if images do not fit the network, the padding or the cutout."""
+    for split in (training, test):
+        if is_built_in and split.images.shape[1:] != (3, 32, 32):
+            raise ValueError("the built-in network takes images of 3 x 32 x 32. For others, "
+                             "give a `model` of your own")
+    channels = training.images.shape[1]
+    if test.images.shape[1] != channels:
+        raise ValueError(f"training images have {channels} channels, "
+                         f"test images have {test.images.shape[1]}")
+    height, width = training.images.shape[2:]
+    if min(height, width) <= recipe.padding or min(height, width) < recipe.cutout:
+        raise ValueError(f"images of {height} x {width} are too small for padding "
+                         f"{recipe.padding} and cutout {recipe.cutout}")
+
+
+def make_model(recipe, model, num_classes, seed):
+    """Return `model`, or what it makes if it is a function, or the built-in network."""
+    if isinstance(model, nn.Module):
+        return model
+    # The random state of the caller stays as it is, that of the GPU, too. The weights are
+    # drawn on the CPU, so that they are the same on every device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return ResNet(recipe, num_classes) if model is None else model()
 
 
 def begin_training(run):
-    """Prepare the model for steps, or raise ValueError if they would not train it correctly."""
+    """Prepare the model for steps. Raise ValueError if they would not train it rightly."""
     if run.mid_epoch:
-        raise ValueError("an epoch of this run was interrupted; go back to a saved state()")
-    held = {id(values) for group in run.optimizer.param_groups for values in group["params"]}
-    if not held.issuperset(map(id, run.model.parameters())):
-        raise ValueError("the optimizer does not hold all parameters of the model")
+        raise ValueError("an epoch of this run was interrupted. Go back to a saved state()")
+    check_parameters(run)
+    if run.device == "cpu":
+        keep_freed_memory()
     run.model.train()
     run.graph = None  # frees the memory of an earlier graph
-    run.graph = capture_graph(run)
+    if run.cuda_graph:
+        run.graph = capture_graph(run)
+
+
+def check_parameters(run):
+    """Raise ValueError unless the optimizer holds all parameters that are to be trained."""
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("all parameters are frozen. Call model.requires_grad_(True)")
+    optimizer_ids = set()
+    for group in run.optimizer.param_groups:
+        optimizer_ids.update(id(parameter) for parameter in group["params"])
+    for parameter in trainable:
+        if id(parameter) not in optimizer_ids:
+            raise ValueError("the optimizer does not hold all parameters of the model")
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of a step for the next one: steps get a fifth faster."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
 
 def capture_graph(run):
-    """Return the ResNet as a CUDA graph for full batches, or None if the run goes without one.
+    """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts those of a forward or backward pass at once. A GPU without bf16 does not wait.
+    starts all kernels of a forward or backward pass at once. A GPU without bf16 is too slow
+    to wait.
     """
-    if (run.device, run.dtype, type(run.model)) != ("cuda", torch.bfloat16, ResNet):
+    if run.device != "cuda" or run.precision != "bf16" or type(run.model) is not ResNet:
         return None
-    images, _ = next(augmented_batches(run.recipe, run.training, run.seed, 0))
+    images, _ = next(augmented_batches(run, 0))
     before = copy.deepcopy(run.model.state_dict())
-    # The capture has a stream of its own. PyTorch warns of that, but here it costs nothing.
+    # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     # nn.Sequential, because the capture replaces the `forward` of the module it is given.
     with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -507,154 +851,215 @@ def capture_graph(run):
     return graph
 
 
+def cross_entropy(run, images, labels):
+    """Return the cross-entropy with the recipe's label smoothing, and the logits."""
+    logits = run.forward(images)
+    smoothing = run.recipe.label_smoothing
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
+
+
+def set_lr_and_beta1(optimizer, lr, beta1):
+    """Set the learning rate and Adam's first beta, or the momentum, of all groups.
+
+    A group's learning rate is `lr` times its "lr_factor", if it has one. The momentum of
+    Muon is fixed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1)
+        if "betas" in group:
+            group["betas"] = (beta1, *group["betas"][1:])
+        elif group.get("momentum"):
+            group["momentum"] = beta1
+
+
 def train_step(run, images, labels, lr, beta1):
     """Take one optimizer step on images (B, C, H, W) with their labels (B,).
 
-    Return the batch's loss before the step and its number of correct predictions. They stay
-    tensors: converting them to numbers would make a GPU wait. An optimizer of your own gets
-    `beta1` as its momentum; a group's learning rate is `lr` times its "lr_factor", if any.
+    Return the batch's loss before the step and its number of correct predictions. They
+    stay tensors: converting them to numbers would make a GPU wait. The averaged weights
+    are not part of a step, see `update_average`.
     """
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1)
-        if "betas" in group:
-            group["betas"] = beta1, group["betas"][1]
-        elif group.get("momentum"):
-            group["momentum"] = beta1
-    full = len(images) == run.recipe.batch_size
-    with run.autocast():
-        logits = run.graph(images) if run.graph and full else run.model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.recipe.label_smoothing)
+    set_lr_and_beta1(run.optimizer, lr, beta1)
+    loss, logits = run.loss(run, images, labels)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)  # for hooks of the step, such as gradient clipping
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    correct = (logits.detach().argmax(1) == labels).sum()
+    return loss.detach(), correct
 
 
-def average_weights(run, step):
-    """Update the EMA after `step` (from 1). In the first `ema_epochs` it is a plain mean."""
-    memory = min(step, max(1, run.recipe.ema_epochs * run.steps_per_epoch))
-    averages, latest = ([values for values in module.state_dict().values()
-                         if values.is_floating_point()] for module in (run.averaged, run.model))
-    get_ema_multi_avg_fn(1 - 1 / memory)(averages, latest, None)
+def update_average(run, step):
+    """Update the averaged weights after `step` (from 1).
+
+    They are a plain mean in the first `ema_epochs`, then an exponential moving average. If
+    `ema_epochs` is 0, they are the latest weights.
+    """
+    ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
+    update = get_ema_multi_avg_fn(1 - 1 / min(step, ema_steps))
+    update(floating_state(run.averaged), floating_state(run.model), None)
 
 
-# ---- One-cycle ---------------------------------------------------------------------------
+def floating_state(module):
+    """Return a module's weights and statistics, without BatchNorm's counts of batches."""
+    state = module.state_dict()
+    return [values for values in state.values() if values.is_floating_point()]
+
+
+# ---- One-cycle ------------------------------------------------------------------------
 
 class Rates(NamedTuple):
     """The learning rates of a run: the ends and the peak of its cycle."""
     lr_min: float
     lr_max: float
-    sweep: dict = None  # the record of the sweep that found them, see `find_rates`
+    sweep: dict | None = None  # the record of the sweep that found them, see `find_rates`
 
 
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     """Return a value that changes linearly from `start` to `peak` and then to `end`.
 
-    Steps count from 0. As in PyTorch's OneCycleLR, the last step of the rise has the value
-    `peak`, and the last step of the run has `end` (L. Smith, arXiv:1803.09820, section 4).
+    Steps count from 0. As in PyTorch's OneCycleLR, the last step of the rise has the
+    value `peak`, and the last step of the run has `end` (L. Smith, arXiv:1803.09820,
+    section 4).
     """
-    last_step, peak_step = total_steps - 1, peak_fraction * total_steps - 1
+    last_step = total_steps - 1
+    peak_step = peak_fraction * total_steps - 1  # below 0 in a very short run without a rise
     if step < peak_step:
         return start + (peak - start) * (step / peak_step)
     return end + (peak - end) * ((last_step - step) / (last_step - peak_step))
 
 
 def scheduled_rates(recipe, rates, step, steps_per_epoch):
-    """Return the learning rate and Adam's first beta at a step of the run, counted from 0."""
-    total, fraction = recipe.epochs * steps_per_epoch, recipe.peak_fraction
+    """Return the learning rate and Adam's first beta at a step of the run (from 0)."""
+    total = recipe.epochs * steps_per_epoch
+    peak = recipe.peak_fraction
     lr_end = rates.lr_min / recipe.annihilation
-    return (one_cycle(step, total, rates.lr_min, rates.lr_max, lr_end, fraction),
-            one_cycle(step, total, recipe.beta1, recipe.beta1_peak, recipe.beta1, fraction))
+    lr = one_cycle(step, total, rates.lr_min, rates.lr_max, lr_end, peak)
+    beta1 = one_cycle(step, total, recipe.beta1, recipe.beta1_peak, recipe.beta1, peak)
+    return lr, beta1
 
 
 def weight_decay(recipe, lr_max, steps_per_epoch):
-    """Return Adam's weight decay: `recipe.l2`, or the one with the time `recipe.decay_epochs`.
+    """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
 
-    A step multiplies a weight by 1 - learning rate * decay. So the weights are a moving average
-    of their updates, with this time constant (X. Wang and L. Aitchison, arXiv:2405.13698).
+    A step multiplies a weight by 1 - learning rate * decay. So at LRMAX, so many epochs
+    shrink it to 1/e (X. Wang and L. Aitchison, arXiv:2405.13698).
     """
     if recipe.l2 or not recipe.decay_epochs:
         return recipe.l2
-    # In less than 100 steps, weights would shrink faster than BatchNorm's statistics follow.
-    return 1 / (max(recipe.decay_epochs * steps_per_epoch, 100) * lr_max)
+    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean and
+    # variance can adapt.
+    decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
+    return 1 / (decay_steps * lr_max)
 
 
-# ---- Learning-rate range sweep -----------------------------------------------------------
+# ---- Learning-rate range sweep --------------------------------------------------------
 
 LR_RATIO = 300  # LRMAX / LRMIN
-SWEEP_EPOCH = 900_000  # number of the sweep's first epoch: training draws none of its batches
+SWEEP_LOWEST = 1e-6  # learning rate of the first step
+SWEEP_HIGHEST = 1.0  # and of the last one
+SWEEP_RISE = 1.03  # the loss has risen where it is above this times its minimum
 
 
 def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
-    Return Rates, whose `sweep` has the lists `lr`, `loss` and `smoothed_loss`. Afterwards the
-    run is as before. `on_step(step, steps, learning rate, loss)` is called after each step.
-    Raise UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
+    Return Rates, whose `sweep` has the lists `lr`, `loss` and `smoothed_loss`.
+    Afterwards the run is as before. `on_step(step, steps, learning rate, loss)` is
+    called after each step. Raise UserError if the loss never falls. (L. Smith,
+    arXiv:1506.01186, section 3.3.)
     """
-    first, last, epoch_steps = 1e-6, 1.0, run.steps_per_epoch
+    epoch_steps = run.steps_per_epoch
     # 200 steps, but at least one epoch and at most two. Fewer than 8 would be too coarse.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 8)
-    lrs = [first * (last / first) ** (step / (steps - 1)) for step in range(steps)]
-    steps_per_decade = (steps - 1) / math.log10(last / first)
-    batches = (batch for epoch in range(SWEEP_EPOCH, SWEEP_EPOCH + steps)
-               for batch in augmented_batches(run.recipe, run.training, run.seed, epoch))
-    before = copy.deepcopy(run.state())
-    window, lowest, losses = max(1, round(steps_per_decade / 2)), math.inf, []
+    steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
+    half_decade = max(1, round(steps_per_decade / 2))
+    before = run.state()
     begin_training(run)
     try:
-        for lr, (images, labels) in zip(lrs, batches):
-            loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
-            if not math.isfinite(loss.item()):
-                break
-            losses.append(loss.item())
-            if on_step:
-                on_step(len(losses), steps, lr, loss)
-            # Stop when training has clearly diverged; larger rates would only cost time.
-            recent = statistics.fmean(losses[-window:])
-            if len(losses) >= window:
-                lowest = min(lowest, recent)
-                if recent > 1.5 * lowest:
-                    break
+        lrs, losses = record_sweep(run, steps, half_decade, on_step)
     finally:
         run.load_state(before)
-    lrs, smoothed = lrs[:len(losses)], smooth_losses(losses, steps_per_decade)
-    return Rates(*read_sweep(lrs, smoothed),
-                 {"lr": lrs, "loss": losses, "smoothed_loss": smoothed})
+    smoothed = smooth_losses(losses, steps_per_decade)
+    lr_min, lr_max = read_sweep(lrs, smoothed)
+    return Rates(lr_min, lr_max, {"lr": lrs, "loss": losses, "smoothed_loss": smoothed})
+
+
+def record_sweep(run, steps, window, on_step):
+    """Train with rising learning rates; return the lists of these and of the losses.
+
+    Stop when training has clearly diverged; larger rates would only cost time.
+    """
+    growth = SWEEP_HIGHEST / SWEEP_LOWEST
+    lrs = [SWEEP_LOWEST * growth ** (step / (steps - 1)) for step in range(steps)]
+    losses = []
+    for lr, (images, labels) in zip(lrs, sweep_batches(run)):
+        loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
+        if not math.isfinite(loss.item()):
+            break
+        losses.append(loss.item())
+        if on_step:
+            on_step(len(losses), steps, lr, loss)
+        if has_diverged(losses, window):
+            break
+    return lrs[:len(losses)], losses
+
+
+def sweep_batches(run):
+    """Yield augmented batches, epoch after epoch, without an end."""
+    for epoch in itertools.count(SWEEP_EPOCH):
+        yield from augmented_batches(run, epoch)
+
+
+def has_diverged(losses, window):
+    """Tell whether the mean of the last `window` losses is 1.5 times the lowest one."""
+    means = [statistics.fmean(losses[end - window:end])
+             for end in range(window, len(losses) + 1)]
+    return bool(means) and means[-1] > 1.5 * min(means)
 
 
 def smooth_losses(losses, steps_per_decade):
-    """Return a list's moving average from half to twice each learning rate, taken twice."""
-    half = round(steps_per_decade * math.log10(2))
+    """Return a sweep's losses, averaged from half to twice each learning rate, twice."""
+    reach = round(steps_per_decade * math.log10(2))
     for _ in range(2):
-        losses = [statistics.fmean(losses[max(0, i - half):i + half + 1])
-                  for i in range(len(losses))]
+        windows = [losses[max(0, i - reach):i + reach + 1] for i in range(len(losses))]
+        losses = [statistics.fmean(window) for window in windows]
     return losses
 
 
 def read_sweep(lrs, smoothed):
-    """Return LRMIN and LRMAX. Raise UserError if the loss never falls or is NaN.
+    """Return LRMIN and LRMAX. Raise UserError if the loss never falls.
 
-    After the smoothed loss reaches its minimum, find the last learning rate before it rises
-    more than 3% above that minimum. LRMAX is twice that rate, because smoothing makes the rise
-    appear too early. Everything after the first rise is ignored.
+    From the minimum of the smoothed loss on, find the last learning rate before the loss
+    is more than 3% above that minimum. LRMAX is twice that rate, because smoothing makes
+    the rise appear too early. Everything after the first rise is ignored.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Choose LRMAX yourself (--lr-max) to train without a sweep.")
-    rise = next((i for i in range(lowest + 1, len(smoothed))
-                 if smoothed[i] > 1.03 * smoothed[lowest]), len(smoothed))
-    lr_max = min(2 * lrs[rise - 1], lrs[-1])
+                        "Choose LRMAX yourself, to train without a sweep: --lr-max 0.05 is a "
+                        "good start.")
+    last = lowest
+    while last + 1 < len(lrs) and smoothed[last + 1] <= SWEEP_RISE * smoothed[lowest]:
+        last += 1
+    lr_max = min(2 * lrs[last], lrs[-1])
     return lr_max / LR_RATIO, lr_max
 
 
-# ---- Evaluation and training -------------------------------------------------------------
+# ---- Evaluation and training ----------------------------------------------------------
 
 @torch.inference_mode()
 def predict_logits(run, images, tta=False):
-    """Return the averaged model's logits (N, 10); `tta` averages in those of mirror images."""
+    """Return the averaged model's logits (N, classes) for images like `run.test.images`.
+
+    `tta` averages in the logits of the mirror images. Raise ValueError for images of
+    another size, for example the padded ones of `run.training`.
+    """
+    if images.shape[1:] != run.test.images.shape[1:]:
+        expected = tuple(run.test.images.shape[1:])
+        raise ValueError(f"images must be {expected}, as the test images are, "
+                         f"got {tuple(images.shape[1:])}")
     if tta:
         return (predict_logits(run, images) + predict_logits(run, images.flip(-1))) / 2
     run.averaged.eval()
@@ -665,63 +1070,98 @@ def predict_logits(run, images, tta=False):
 def evaluate_run(run, tta=False):
     """Return `test_loss` (with label smoothing), `test_accuracy` and `test_seconds`."""
     started = time.perf_counter()
-    logits, labels = predict_logits(run, run.test.images, tta), run.test.labels
-    loss = F.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing).item()
-    return {"test_loss": loss,
-            "test_accuracy": (logits.argmax(1) == labels).sum().item() / len(labels),
+    labels = run.test.labels
+    logits = predict_logits(run, run.test.images, tta)
+    loss = F.cross_entropy(logits, labels, label_smoothing=run.recipe.label_smoothing)
+    correct = (logits.argmax(1) == labels).sum()
+    return {"test_loss": loss.item(), "test_accuracy": correct.item() / len(labels),
             "test_seconds": time.perf_counter() - started}
 
 
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
-    This is a generator: loop over it. It continues after the last epoch that was completed.
-    `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss, a
-    tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
+    This is a generator: loop over it. It continues after the last epoch that was
+    completed.
+    `on_step(step, steps, learning rate, loss)` is called after each step; reading the
+    loss, a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
-    recipe, steps, image_count = run.recipe, run.steps_per_epoch, len(run.training.labels)
     if not 0 < rates.lr_min <= rates.lr_max:
-        raise UserError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, which is "
-                        f"{rates.lr_max:.3g}")
+        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
+                         f"which is {rates.lr_max:.3g}")
+    if run.epoch >= run.recipe.epochs:
+        warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
+                      stacklevel=2)
+    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
     for group in run.optimizer.param_groups:
         if group.get("decays"):
-            group["weight_decay"] = weight_decay(recipe, rates.lr_max, steps)
+            group["weight_decay"] = decay
     started = time.perf_counter()
     begin_training(run)
-    while run.epoch < recipe.epochs:
+    while run.epoch < run.recipe.epochs:
         run.mid_epoch = True
-        losses, correct = [], 0
-        for images, labels in augmented_batches(recipe, run.training, run.seed, run.epoch + 1):
-            step = run.epoch * steps + len(losses)
-            lr, beta1 = scheduled_rates(recipe, rates, step, steps)
-            loss, right = train_step(run, images, labels, lr, beta1)
-            average_weights(run, step + 1)
-            losses.append(loss)
-            correct += right
-            if on_step:
-                on_step(len(losses), steps, lr, loss)
-        losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
+        row = train_epoch(run, rates, on_step)
         seconds = time.perf_counter() - started
-        metrics = evaluate_run(run)
-        if not math.isfinite(losses.sum() + metrics["test_loss"]):
-            raise Diverged(f"the loss became NaN or infinite in epoch {run.epoch + 1}.\nTry a "
-                           "lower LRMAX (--lr-max) or full precision (--precision fp32).")
-        run.epoch, run.seconds, run.mid_epoch = run.epoch + 1, run.seconds + seconds, False
-        sizes = [len(batch) for batch in run.training.labels.split(recipe.batch_size)]
-        train_loss = losses @ losses.new_tensor(sizes) / image_count
-        yield {"epoch": run.epoch, "lr": lr, "train_loss": train_loss.item(),
-               "train_accuracy": correct.item() / image_count, "train_seconds": seconds,
-               "images_per_second": image_count / seconds, **metrics,
+        row.update(evaluate_run(run))
+        if not math.isfinite(row["train_loss"] + row["test_loss"]):
+            raise Diverged(f"the loss became NaN or infinite in epoch {run.epoch + 1}.\n"
+                           "Try a lower LRMAX (--lr-max) or full precision "
+                           "(--precision fp32).")
+        # Here the epoch counts as done.
+        run.epoch += 1
+        run.seconds += seconds
+        run.mid_epoch = False
+        yield {"epoch": run.epoch, **row, "train_seconds": seconds,
+               "images_per_second": len(run.training.labels) / seconds,
                "elapsed_seconds": run.seconds}
-        started = time.perf_counter()
+        started = time.perf_counter()  # what the caller does with a row does not count
 
 
-# ==== THE PROGRAM =========================================================================
+def train_epoch(run, rates, on_step=None):
+    """Train one epoch. Return its last learning rate, mean loss and accuracy.
 
-FORMAT = 2  # version of reports, checkpoints and weights
+    Loss and accuracy are those of the augmented images, while the weights change.
+    """
+    steps = run.steps_per_epoch
+    losses = []
+    correct = 0
+    for images, labels in augmented_batches(run, run.epoch + 1):
+        step = run.epoch * steps + len(losses)
+        lr, beta1 = scheduled_rates(run.recipe, rates, step, steps)
+        loss, correct_in_batch = train_step(run, images, labels, lr, beta1)
+        update_average(run, step + 1)
+        losses.append(loss)
+        correct += correct_in_batch
+        if on_step:
+            on_step(len(losses), steps, lr, loss)
+    losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
+    batches = run.training.labels.split(run.recipe.batch_size)
+    sizes = losses.new_tensor([len(batch) for batch in batches])
+    image_count = len(run.training.labels)
+    return {"lr": lr, "train_loss": (losses @ sizes / image_count).item(),
+            "train_accuracy": correct.item() / image_count}
+
+
+# ==== THE PROGRAM ======================================================================
+
 TRAIN_IMAGES = 50_000  # in CIFAR-10
+GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 
-# ---- Command line ------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------
+
+def option_name(name):
+    """Return the option of the command line for a name: --lr-max for lr_max."""
+    return f"--{name.replace('_', '-')}"
+
+
+def shown_default(name):
+    """Return the default of a recipe's field for --help, "8 / 0 / 8" if recipes differ."""
+    values = []
+    for recipe in RECIPES.values():
+        value = getattr(recipe, name)
+        values.append(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return " / ".join(values) if len(set(values)) > 1 else values[0]
+
 
 def make_parser():
     """Return the parser of the command line. Each field of Recipe is an option."""
@@ -730,107 +1170,186 @@ def make_parser():
     add = parser.add_argument
     add("--recipe", choices=list(RECIPES), default="tuned",
         help="fast: half as many epochs; plain: without our additions")
-    add("--lr-max", type=float, metavar="X", help="peak learning rate; else a sweep finds it")
-    add("--lr-min", type=float, metavar="X", help=f"lowest learning rate; else LRMAX / {LR_RATIO}")
+    add("--lr-max", type=float, metavar="X",
+        help="peak learning rate, LRMAX; else a sweep finds it")
+    add("--lr-min", type=float, metavar="X",
+        help=f"lowest learning rate, LRMIN; else LRMAX / {LR_RATIO}")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
-    add("--runs", type=int, default=1, metavar="N", help="train N seeds in turn, from --seed on")
+    add("--runs", type=int, default=1, metavar="N",
+        help="train N seeds in turn, from --seed on")
     add("--subset", type=int, nargs="?", const=2000, metavar="N",
         help="use the first N training images (2000 without N) and N/5 test images")
     add("--holdout", type=int, default=0, metavar="N",
-        help="for tuning: evaluate on the last N training images instead of training on them")
-    add("--data-dir", default="data", metavar="DIR", help="folder of CIFAR-10 (default: data)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: fastest")
+        help="for tuning: do not train on the last N training images, evaluate on them")
+    add("--data-dir", default="data", metavar="DIR",
+        help="folder of CIFAR-10 (default: data)")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+        help="auto: the fastest")
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
-    add("--checkpoint", metavar="FILE", help="save here after each epoch; continue from there")
+    add("--checkpoint", metavar="FILE",
+        help="save here after each epoch; continue from there")
     add("--weights", metavar="FILE", help="save the trained weights here")
     add("--output", metavar="FILE",
-        help="report to write, in JSON; else next to the checkpoint or a new file in results/")
+        help="report, in JSON; else next to the checkpoint or a new file in results/")
     add("--no-figures", action="store_false", dest="figures", help="draw no figures")
-    group = parser.add_argument_group(
-        "recipe", f"constants of the recipe; defaults of {' / '.join(RECIPES)} if they differ")
-    for field in dataclasses.fields(Recipe):
-        kind = type(field.default)
-        values = [format(getattr(recipe, field.name), ".4g" if kind is float else "")
-                  for recipe in RECIPES.values()]
-        shown = " / ".join(values if len(set(values)) > 1 else values[:1])
-        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind,
-                           metavar={int: "N", float: "X", str: "NAME"}[kind],
-                           default=argparse.SUPPRESS,
-                           help=f"{field.metadata['help']} (default: {shown})")
+    add_recipe_options(parser)
     return parser
 
 
+def add_recipe_options(parser):
+    """Add an option for each field of Recipe."""
+    names = " / ".join(RECIPES)
+    group = parser.add_argument_group(
+        "recipe", f"constants of the recipe; defaults of {names} if they differ")
+    metavars = {int: "N", float: "X", str: "NAME"}
+    for field in dataclasses.fields(Recipe):
+        kind = type(field.default)
+        default = shown_default(field.name)
+        group.add_argument(option_name(field.name), type=kind, metavar=metavars[kind],
+                           default=argparse.SUPPRESS,  # so it is known what was given
+                           help=f"{field.metadata['help']} (default: {default})")
+
+
 def parse_arguments(argv=None):
-    """Return the recipe and the other options; invalid ones end the process with code 2."""
+    """Return the recipe and the other options. Invalid ones end the process with code 2."""
+    if argv is None:
+        argv = sys.argv[1:]
+    argv = [str(argument) for argument in argv]
     parser = make_parser()
     options = parser.parse_args(argv)
-    options.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
-    given = {field.name: vars(options).pop(field.name) for field in dataclasses.fields(Recipe)
-             if hasattr(options, field.name)}
-    images = options.subset or TRAIN_IMAGES
-    bounds = {"seed": (0, 2**32 - 1), "runs": (1, 1000), "subset": (5, TRAIN_IMAGES),
-              "holdout": (0, images - 2), "lr_max": (1e-30, 1e30),
-              "lr_min": (1e-30, options.lr_max or 1e30)}
+    options.command = shlex.join(["train.py", *argv])
     try:
-        for name, allowed in bounds.items():
-            if getattr(options, name) is not None:
-                check_value(name, getattr(options, name), type(allowed[0]), allowed)
-        images -= options.holdout
-        # Few images take smaller batches: an epoch of few steps learns nothing.
-        given.setdefault("batch_size", min(Recipe.batch_size, max(16, images // 32), images))
-        recipe = dataclasses.replace(RECIPES[options.recipe], **given)
-        check_value("batch_size", recipe.batch_size, int, (2, images))
-        choose_device(options.device, options.precision)  # raises if they are not there
+        check_options(options)
+        recipe = take_recipe(options)
+        choose_precision(choose_device(options.device), options.precision)
+        if options.output is None:
+            options.output = default_output(options.checkpoint)
+        check_files_differ(options)
     except ValueError as error:
         parser.error(str(error))
-    name = options.checkpoint or f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
-    options.output = options.output or str(Path(name).with_suffix(".json"))
-    files = list(map(Path, filter(None, [options.output, options.checkpoint, options.weights])))
-    if len(set(map(Path.resolve, files))) < len(files):
-        parser.error("output, checkpoint and weights must be different files")
     return recipe, options
 
 
-def load_images(options):
-    """Return what `load_cifar10` returns, or the sample, after --subset and --holdout."""
-    folder = Path(options.data_dir).expanduser()
-    folder = folder.parent if folder.name == CIFAR10.base_folder else folder
-    found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
-    count = options.subset or TRAIN_IMAGES
-    use_sample = count <= 2000 and not found and SAMPLE.exists()
-    if use_sample:
-        print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
-    training, test, classes = load_sample() if use_sample else load_cifar10(folder)
-    training = Split(*(values[:count] for values in training))
-    test = Split(*(values[:count // 5] for values in test))
-    if options.holdout:
-        test = Split(*(values[-options.holdout:] for values in training))
-        training = Split(*(values[:-options.holdout] for values in training))
-    return training, test, classes
+def check_options(options):
+    """Raise ValueError if an option that is no constant of the recipe is not allowed."""
+    image_count = options.subset or TRAIN_IMAGES
+    bounds = {
+        "seed": (0, 2**32 - 1),
+        "runs": (1, 1000),
+        "subset": (5, TRAIN_IMAGES),
+        "holdout": (0, image_count - 2),
+        "lr_max": (1e-30, 1e30),
+        "lr_min": (1e-30, options.lr_max or 1e30),
+    }
+    for name, allowed in bounds.items():
+        value = getattr(options, name)
+        if value is not None:
+            check_value(option_name(name), value, type(allowed[0]), allowed)
 
 
-# ---- Files: report (JSON), checkpoint, weights -------------------------------------------
+def take_recipe(options):
+    """Return the Recipe that the options name, and delete its constants from `options`."""
+    recipe = RECIPES[options.recipe]
+    overrides = {}
+    for field in dataclasses.fields(Recipe):
+        if hasattr(options, field.name):
+            value = getattr(options, field.name)
+            # Recipe checks its constants, too, but does not know the names of options.
+            check_value(option_name(field.name), value, type(field.default),
+                        field.metadata["allowed"])
+            overrides[field.name] = value
+            delattr(options, field.name)
+    image_count = (options.subset or TRAIN_IMAGES) - options.holdout
+    usual = usual_batch_size(recipe.batch_size, image_count)
+    batch_size = overrides.setdefault("batch_size", usual)
+    check_value(option_name("batch_size"), batch_size, int, (2, image_count))
+    return dataclasses.replace(recipe, **overrides)
 
-def write_file(path, save):
-    """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails."""
-    content, target = io.BytesIO(), Path(path).resolve()  # symbolic links are kept
-    save(content)
+
+def usual_batch_size(largest, image_count):
+    """Return the batch size for a number of images. Few images get smaller batches.
+
+    Without that, an epoch would have few steps and teach little.
+    """
+    return min(largest, max(16, image_count // 32), image_count)
+
+
+def without_ending(path):
+    """Return a file name without .json or .pt. Other dots belong to the name: lr0.03."""
+    return path.removesuffix(".json").removesuffix(".pt")
+
+
+def default_output(checkpoint):
+    """Return the report's file: next to the checkpoint, or a new one in results/."""
+    name = f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
+    if checkpoint is not None:
+        name = without_ending(checkpoint)
+    return f"{name}.json"
+
+
+def check_files_differ(options):
+    """Raise ValueError if two options name the same file."""
+    given = [options.output, options.checkpoint, options.weights]
+    paths = [Path(path).resolve() for path in given if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError("output, checkpoint and weights must be different files")
+
+
+def options_of_seed(options, seed):
+    """Return the options for one seed. With --runs, its file names get the seed."""
+    seed_options = copy.copy(options)
+    seed_options.seed = seed
+    if options.runs > 1:
+        for name in ("output", "checkpoint", "weights"):
+            path = getattr(options, name)
+            if path is not None:
+                ending = path[len(without_ending(path)):]
+                setattr(seed_options, name, f"{without_ending(path)}-seed{seed}{ending}")
+    return seed_options
+
+
+# ---- Files: report (JSON), checkpoint, weights ----------------------------------------
+
+@contextlib.contextmanager
+def atomic_replacement(path):
+    """Give the name of a temporary file. If it is written, it replaces `path` at the end.
+
+    So a file is written whole or not at all. Raise UserError if that fails.
+    """
+    target = Path(path).resolve()  # symbolic links are kept
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as scratch:
             temporary = Path(scratch) / target.name
-            temporary.write_bytes(content.getbuffer())
-            temporary.replace(target)
+            yield temporary
+            if temporary.exists():
+                temporary.replace(target)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error}).\nChoose another file.") from None
+        disk_full = error.errno == errno.ENOSPC
+        advice = "Free some space on the disk." if disk_full else "Choose another file."
+        raise UserError(f"cannot write {path} ({error}).\n{advice}") from None
+
+
+def write_file(path, save):
+    """Write what `save(file)` writes. Raise UserError if that fails."""
+    content = io.BytesIO()  # torch.save would not raise an OSError for a full disk
+    save(content)
+    with atomic_replacement(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def check_writable(path):
+    """Raise UserError if a file cannot be written there. What is there now stays."""
+    with atomic_replacement(path):
+        pass
 
 
 def save_weights(path, run, classes):
     """Write a ResNet's weights and all else that is needed to classify images."""
-    content = {"format": FORMAT, "recipe": dataclasses.asdict(run.recipe), "classes": classes,
+    content = {"recipe": dataclasses.asdict(run.recipe), "classes": classes,
                "weights": run.averaged.state_dict(), "mean": run.mean, "std": run.std}
     write_file(path, lambda file: torch.save(content, file))
 
@@ -839,106 +1358,236 @@ def load_weights(path, device="cpu"):
     """Return the model, mean, std and class names from a file of `--weights`.
 
     The model takes `normalize_images(images, mean, std)` of uint8 images (N, 3, 32, 32).
+    Its parameters are frozen. To train it further, call `model.requires_grad_(True)`.
     """
     saved = torch.load(path, map_location=device, weights_only=True)
     model = ResNet(Recipe(**saved["recipe"]), len(saved["classes"]))
-    model.to(device, memory_format=memory_format(device)).load_state_dict(saved["weights"])
-    return model.eval().requires_grad_(False), saved["mean"], saved["std"], saved["classes"]
+    model.load_state_dict(saved["weights"])
+    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+    return model, saved["mean"], saved["std"], saved["classes"]
 
 
 def script_commit():
     """Return the git commit that last changed this file, with a + if it has changed since."""
     def ask_git(*arguments):
-        script = Path(__file__).resolve()
-        return subprocess.run(["git", *arguments, "--", script.name], cwd=script.parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
-    with contextlib.suppress(NameError, OSError, subprocess.CalledProcessError):  # no git
-        return ask_git("log", "-1", "--format=%h") + "+" * bool(ask_git("status", "--porcelain"))
+        command = ["git", *arguments, "--", SCRIPT.name]
+        return subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # there is no git
+        commit = ask_git("log", "-1", "--format=%h")
+        has_changed = ask_git("status", "--porcelain") != ""
+        return f"{commit}+" if has_changed else commit
+    return None
 
 
 def peak_memory(device):
-    """Return the most memory used so far, in bytes: of an NVIDIA GPU, else of the process."""
+    """Return the most bytes used so far: of an NVIDIA GPU, else of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
     with contextlib.suppress(ImportError):  # on Windows
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+    return None
 
 
-def new_report(options, run):
-    """Return the report of a run that has not trained."""
-    cpu_name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+def describe_environment(run):
+    """Return the report's section `environment`: date, commit, versions and machine."""
+    if run.device == "cuda":
+        device_name = torch.cuda.get_device_name()
+    else:
+        device_name = cpu_capabilities().get("cpu_name") or platform.processor()
     return {
-        "format": FORMAT,
-        "config": {"recipe": dataclasses.asdict(run.recipe), "options": dict(vars(options))},
-        "environment": {
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "commit": script_commit(), "system": platform.platform(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            "torchvision": torchvision.__version__, "numpy": np.__version__,
-            "cudnn": torch.backends.cudnn.version(), "device": run.device,
-            "device_name": (torch.cuda.get_device_name() if run.device == "cuda"
-                            else cpu_name or platform.processor() or platform.machine()),
-            "precision": next(name for name in DTYPES if DTYPES[name] == run.dtype),
-            "threads": torch.get_num_threads()},
-        "data": {"train_images": len(run.training.labels), "test_images": len(run.test.labels),
-                 "evaluated_on": ("held-out training" if options.holdout else "test") + " images",
-                 "mean": run.mean.tolist(), "std": run.std.tolist()},
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "rates": None, "lr_sweep": None, "epochs": [],
-        "summary": {"final_test_accuracy": None, "tta_test_accuracy": None, "sweep_seconds": 0.0,
-                    "preprocess_seconds": run.seconds, "total_seconds": 0.0}}
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": script_commit(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "device": run.device,
+        "device_name": device_name or platform.machine(),
+        "precision": run.precision,
+        "threads": torch.get_num_threads(),
+    }
 
 
-def summarize_epochs(rows, images):
-    """Return the part of a summary that follows from epochs with so many training images."""
+def new_report(run, options):
+    """Return the report of a run that has not trained."""
+    return {
+        "config": {
+            "recipe": dataclasses.asdict(run.recipe),
+            "options": dict(vars(options)),
+        },
+        "environment": describe_environment(run),
+        "data": {
+            "train_images": len(run.training.labels),
+            "test_images": len(run.test.labels),
+            "evaluated_on": "held-out training images" if options.holdout else "test images",
+            "mean": run.mean.tolist(),
+            "std": run.std.tolist(),
+        },
+        "parameters": sum(values.numel() for values in run.model.parameters()),
+        "rates": None,
+        "lr_sweep": None,
+        "epochs": [],
+        "summary": {
+            "final_test_accuracy": None,
+            "tta_test_accuracy": None,
+            "sweep_seconds": 0.0,
+            "preprocess_seconds": run.preparation_seconds,
+            "total_seconds": 0.0,
+        },
+    }
+
+
+def describe_rates(run, rates, options):
+    """Return the report's section `rates`: the learning rates, and where they are from."""
+    return {
+        "lr_max": rates.lr_max,
+        "lr_max_from": "sweep" if rates.sweep else "given",
+        "weight_decay": weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch),
+        "lr_min": rates.lr_min,
+        "lr_min_from": "given" if options.lr_min else "lr_max",
+    }
+
+
+def summarize_epochs(rows, image_count):
+    """Return the part of a summary that follows from the rows of the epochs."""
     seconds = sum(row["train_seconds"] for row in rows)
-    first = {f"{goal:.2f}": next((row for row in rows if row["test_accuracy"] >= goal), {})
-             for goal in (0.90, 0.94)}
+    epochs_to = {}
+    seconds_to = {}
+    for goal in GOALS:
+        reached = [row for row in rows if row["test_accuracy"] >= goal]
+        epochs_to[f"{goal:.2f}"] = reached[0]["epoch"] if reached else None
+        seconds_to[f"{goal:.2f}"] = reached[0]["elapsed_seconds"] if reached else None
     return {"train_seconds": seconds,
-            "images_per_second": len(rows) * images / seconds if rows else None,
-            "seconds_to": {goal: row.get("elapsed_seconds") for goal, row in first.items()},
-            "epochs_to": {goal: row.get("epoch") for goal, row in first.items()}}
+            "images_per_second": len(rows) * image_count / seconds if rows else None,
+            "seconds_to": seconds_to, "epochs_to": epochs_to}
 
 
-def load_checkpoint(path, run, report):
-    """Bring `run` and `report` to where the checkpoint was saved, or raise UserError."""
-    def settings_of(report):  # this must be the same in both runs
-        values = {**report["config"]["options"], **report["data"], **report["environment"]}
-        names = "seed lr_max lr_min train_images test_images evaluated_on device precision"
-        return {**report["config"]["recipe"], **{name: values[name] for name in names.split()}}
+class Recorder:
+    """The report of a run, and the files that are written while it trains."""
+
+    def __init__(self, run, options, started):
+        """`started` is when the run began, by `time.perf_counter`."""
+        self.run = run
+        self.options = options
+        self.started = started
+        self.report = new_report(run, options)
+        self.summary = self.report["summary"]
+
+    def prepare_files(self):
+        """Try all files that the run will write; remove the figures of an earlier run."""
+        self.update_summary("running")
+        self.save_report()
+        for path in (self.options.checkpoint, self.options.weights):
+            if path is not None:
+                check_writable(path)
+        for name in FIGURES:
+            figure_path(self.options.output, name).unlink(missing_ok=True)
+
+    def resume(self):
+        """Continue from the checkpoint, or raise UserError if it is not one of this run."""
+        path = self.options.checkpoint
+        try:
+            saved = torch.load(path, map_location=self.run.device, weights_only=True)
+            differences = differing_settings(saved["report"], self.report)
+            if not differences:
+                self.run.load_state(saved["run"])
+        except Exception as error:  # a damaged file raises errors of many types
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{path} is not a readable checkpoint ({error!r}).\n"
+                            "Delete it or choose another --checkpoint.") from None
+        if differences:
+            raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
+                            "same options, delete it, or choose another --checkpoint.")
+        for section in ("rates", "lr_sweep", "epochs"):
+            self.report[section] = saved["report"][section]
+        self.summary.update(saved["report"]["summary"])
+        # The seconds of earlier processes count, as if this one had started earlier.
+        self.started -= self.summary["total_seconds"]
+
+    def update_summary(self, status):
+        """Bring the report's summary up to date."""
+        image_count = self.report["data"]["train_images"]
+        self.summary.update(summarize_epochs(self.report["epochs"], image_count))
+        self.summary["status"] = status
+        self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
+        self.summary["total_seconds"] = time.perf_counter() - self.started
+
+    def save_report(self):
+        text = json.dumps(self.report, indent=1, allow_nan=False) + "\n"
+        write_file(self.options.output, lambda file: file.write(text.encode()))
+
+    def save_checkpoint(self):
+        if self.options.checkpoint is not None:
+            content = {"run": self.run.state(), "report": self.report}
+            write_file(self.options.checkpoint, lambda file: torch.save(content, file))
+
+    def save_progress(self):
+        """Save report and checkpoint of a run that goes on."""
+        self.update_summary("running")
+        with warn_if_write_fails():
+            self.save_report()
+        with warn_if_write_fails():
+            self.save_checkpoint()
+
+
+@contextlib.contextmanager
+def warn_if_write_fails():
+    """Print a failed write as a warning. A later write will try again."""
     try:
-        saved = torch.load(path, map_location=run.device, weights_only=True)
-        then, now = settings_of(saved["report"]), settings_of(report)
-        wrong = [f"{name} {then[name]}, not {now[name]}" for name in now
-                 if then[name] != now[name]]
-        if not wrong:
-            run.load_state(saved["run"])
-            for section in ("rates", "lr_sweep", "epochs", "summary"):
-                report[section] = saved["report"][section]
-    except Exception as error:  # a damaged file raises errors of many types
-        wrong = [f"something else than a run ({type(error).__name__})"]
-    if wrong:
-        raise UserError(f"{path} is a checkpoint of {'; '.join(wrong)}.\n"
-                        f"Delete it or choose another --checkpoint.")
+        yield
+    except UserError as error:
+        print(f"warning  {error}")
 
 
-# ---- Screen ------------------------------------------------------------------------------
+def differing_settings(saved, current):
+    """Return, as text, the settings in which two reports differ.
+
+    A continued run must have the settings of its checkpoint.
+    """
+    def settings_of(report):
+        options = report["config"]["options"]
+        data = report["data"]
+        environment = report["environment"]
+        return {
+            **report["config"]["recipe"],
+            **{name: options[name] for name in ("seed", "lr_max", "lr_min")},
+            **{name: data[name] for name in ("train_images", "test_images", "evaluated_on")},
+            **{name: environment[name] for name in ("device", "precision")},
+        }
+
+    then = settings_of(saved)
+    differences = []
+    for name, value in settings_of(current).items():
+        if then[name] != value:
+            differences.append(f"{name} {then[name]}, not {value}")
+    return differences
+
+
+# ---- Screen ---------------------------------------------------------------------------
 
 IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
 
 
 def show_status(text):
     """Show `text` in place of the last line of a terminal or of a notebook's output."""
-    if IN_NOTEBOOK or getattr(sys.stdout, "isatty", bool)():
-        width = shutil.get_terminal_size().columns - 1  # a longer text would start a new line
+    is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+    if IN_NOTEBOOK or is_terminal:
+        # A longer text would start a new line.
+        width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
 def show_progress(run, sweeping=False):
-    """Return an `on_step` that shows step, loss, speed and time left once a second."""
-    started = shown = time.perf_counter()
+    """Return an `on_step` that shows time left, step, loss and speed once a second."""
+    started = time.perf_counter()
+    shown = started
 
     def on_step(step, steps, lr, loss):
         nonlocal started, shown
@@ -946,23 +1595,34 @@ def show_progress(run, sweeping=False):
         if step == 1:
             started = now  # the first step of an epoch may warm up, so it does not count
         elif now - shown > 1:
-            shown, speed = now, (step - 1) / (now - started)
+            shown = now
+            steps_per_second = (step - 1) / (now - started)
             epochs_left = 0 if sweeping else run.recipe.epochs - run.epoch - 1
-            left = round((steps - step + steps * epochs_left) / speed)
-            show_status(f"{'sweep' if sweeping else f'epoch {run.epoch + 1}'}, step {step} of "
-                        f"{steps}, learning rate {lr:.1e}, loss {loss:.3f}, "
-                        f"{speed * run.recipe.batch_size:,.0f} images/s, "
-                        f"{left // 60}:{left % 60:02} left")
+            seconds_left = (steps - step + steps * epochs_left) / steps_per_second
+            images_per_second = steps_per_second * run.recipe.batch_size
+            part = "sweep" if sweeping else f"epoch {run.epoch + 1}"
+            show_status(f"{clock_time(seconds_left)} left, {part}, step {step} of {steps}, "
+                        f"loss {loss:.3f}, {images_per_second:,.0f} images/s")
     return on_step
+
+
+def clock_time(seconds):
+    """Return a time as text, in hours, minutes and seconds: 1:02:03, or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def print_heading(report):
     """Print what is run, and on what."""
-    recipe, options = report["config"]["recipe"], report["config"]["options"]
-    data, environment = report["data"], report["environment"]
-    changed = [f", {name} {value}" for name, value in recipe.items()
-               if value != getattr(RECIPES[options["recipe"]], name)]
-    print(f"recipe   {options['recipe']}{''.join(changed)}\n"
+    options = report["config"]["options"]
+    data = report["data"]
+    environment = report["environment"]
+    recipe = [options["recipe"]]
+    for name, value in report["config"]["recipe"].items():
+        if value != getattr(RECIPES[options["recipe"]], name):
+            recipe.append(f"{name} {value}")
+    print(f"recipe   {', '.join(recipe)}\n"
           f"network  {report['parameters']:,} parameters, seed {options['seed']}\n"
           f"device   {environment['device']} ({environment['device_name']}), "
           f"{environment['precision']}, PyTorch {environment['torch']}\n"
@@ -972,19 +1632,26 @@ def print_heading(report):
 
 
 TABLE_HEADING = """\
-       learning  training  training      test      test   epoch  images    total
+       learning  training  training      test      test   epoch  images  elapsed
 epoch      rate      loss  accuracy      loss  accuracy seconds /second  seconds"""
-TABLE_ROW = ("{epoch:5}{lr:10.2g}{train_loss:10.4g}{train_accuracy:10.2%}{test_loss:10.4g}"
-             "{test_accuracy:10.2%}{train_seconds:8.1f}{images_per_second:8,.0f}"
-             "{elapsed_seconds:9.1f}")
+TABLE_ROW = ("{epoch:5}{lr:10.2g}{train_loss:10.4g}{train_accuracy:10.2%}"
+             "{test_loss:10.4g}{test_accuracy:10.2%}{train_seconds:8.1f}"
+             "{images_per_second:8,.0f}{elapsed_seconds:9.1f}")
 
 
 def print_rates(report):
     """Print the learning rates, the table's heading, and the epochs trained so far."""
-    recipe, rates = report["config"]["recipe"], report["rates"]
+    recipe = report["config"]["recipe"]
+    rates = report["rates"]
     show_status("")
-    print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g} at epoch "
-          f"{recipe['peak_fraction'] * recipe['epochs']:.3g} of {recipe['epochs']}, "
+    if report["lr_sweep"]:
+        print(f"sweep    {len(report['lr_sweep']['lr'])} steps in "
+              f"{report['summary']['sweep_seconds']:.1f} s")
+    peak = ""
+    if recipe["epochs"]:
+        peak_epoch = recipe["peak_fraction"] * recipe["epochs"]
+        peak = f" at epoch {peak_epoch:.3g} of {recipe['epochs']}"
+    print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
           f"weight decay {rates['weight_decay']:.3g}")
     if recipe["epochs"]:
         print(TABLE_HEADING)
@@ -996,209 +1663,331 @@ def print_summary(report):
     """Print how a run that trained ended."""
     summary = report["summary"]
     print(f"final    {summary['final_test_accuracy']:.2%} of the "
-          f"{report['data']['evaluated_on']}, {summary['tta_test_accuracy']:.2%} with flip "
-          f"test-time augmentation\n"
+          f"{report['data']['evaluated_on']}, "
+          f"{summary['tta_test_accuracy']:.2%} with flip test-time augmentation\n"
           f"time     {summary['train_seconds']:.1f} s of training, "
-          f"{summary['sweep_seconds']:.1f} s of sweep, {summary['total_seconds']:.1f} s in all")
+          f"{summary['sweep_seconds']:.1f} s of sweep, "
+          f"{summary['total_seconds']:.1f} s in all")
     for goal, epoch in summary["epochs_to"].items():
         if epoch:
-            print(f"to {float(goal):.0%}   epoch {epoch}, {summary['seconds_to'][goal]:.1f} s "
-                  "without sweep and tests")
+            seconds = summary["seconds_to"][goal]
+            print(f"to {float(goal):.0%}   epoch {epoch}, {seconds:.1f} s without sweep and "
+                  "tests")
 
 
-# ---- Figures: next to the report, if matplotlib is installed -----------------------------
+def print_runs(accuracies):
+    """Print mean and spread of several runs' accuracies."""
+    count = len(accuracies)
+    deviation = statistics.stdev(accuracies)
+    highest_goal = max(GOALS)
+    reached = sum(accuracy >= highest_goal for accuracy in accuracies)
+    print(f"{count} runs   mean {statistics.fmean(accuracies):.2%}, standard deviation "
+          f"{deviation:.2%}, standard error {deviation / math.sqrt(count):.2%}, "
+          f"{reached} at {highest_goal:.0%} or more")
+
+
+# ---- Figures: next to the report, if matplotlib is installed --------------------------
+
+FIGURES = ("sweep", "curves", "misclassified", "augmented")
+
+
+def figure_path(output, name):
+    """Return the file of a figure, next to the report `output`."""
+    return Path(f"{without_ending(output)}-{name}.png")
+
 
 def plot_sweep(figure, report):
     """Draw the loss over the learning rate, with LRMIN and LRMAX."""
-    axes, sweep, rates = figure.subplots(), report["lr_sweep"], report["rates"]
-    axes.semilogx(sweep["lr"], sweep["loss"], ".-", color="tab:blue", alpha=0.3, label="step")
-    axes.semilogx(sweep["lr"], sweep["smoothed_loss"], color="tab:blue", label="smoothed")
-    axes.axhline(1.03 * min(sweep["smoothed_loss"]), color="gray", linestyle=":",
-                 label="3% above the minimum")
-    for name, color in (("lr_min", "tab:green"), ("lr_max", "tab:red")):
-        label = f"{name.replace('_', '').upper()} {rates[name]:.2g}"
-        axes.axvline(rates[name], color=color, linestyle="--", label=label)
+    axes = figure.subplots()
+    lrs = report["lr_sweep"]["lr"]
+    smoothed = report["lr_sweep"]["smoothed_loss"]
+    lr_min = report["rates"]["lr_min"]
+    lr_max = report["rates"]["lr_max"]
+    axes.semilogx(lrs, report["lr_sweep"]["loss"], ".-", color="tab:blue", alpha=0.3,
+                  label="loss of a step")
+    axes.semilogx(lrs, smoothed, color="tab:blue", label="smoothed")
+    axes.axhline(SWEEP_RISE * min(smoothed), color="gray", linestyle=":",
+                 label=f"{SWEEP_RISE - 1:.0%} above the minimum")
+    axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
+    axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
+    if lr_max < lrs[-1]:
+        last_low = lr_max / 2  # by the rule of `read_sweep`
+        axes.plot(last_low, np.interp(last_low, lrs, smoothed), "o", color="tab:red",
+                  label="LRMAX / 2")
     # The loss after divergence would flatten the rest.
-    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * sweep["smoothed_loss"][0]))
-    axes.set(title="Learning-rate range sweep", xlabel="learning rate (log scale)", ylabel="loss")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * smoothed[0]))
+    axes.set_title("Learning-rate range sweep")
+    axes.set_xlabel("learning rate (log scale)")
+    axes.set_ylabel("loss")
     figure.legend(loc="outside lower center", ncols=3)
 
 
 def plot_curves(figure, report):
     """Draw loss, accuracy and learning rate over the epochs."""
-    rows, labels = report["epochs"], {"train": "training images, augmented",
-                                      "test": report["data"]["evaluated_on"]}
-    panels = {"Loss, with label smoothing": ("train_loss", "test_loss"),
-              "Accuracy": ("train_accuracy", "test_accuracy"),
-              "Learning rate at the end of each epoch": ("lr",)}
-    figure.suptitle(f"Seed {report['config']['options']['seed']}: accuracy "
-                    f"{rows[-1]['test_accuracy']:.2%} after epoch {rows[-1]['epoch']}")
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items()):
-        for key in keys:
-            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=".",
-                      label=labels.get(key.split("_")[0]))
-        axes.set(title=title, xlabel="epoch", xlim=(0, len(rows) + 0.5))
+    options = report["config"]["options"]
+    data = report["data"]
+    rows = report["epochs"]
+    epochs = [row["epoch"] for row in rows]
+    figure.suptitle(
+        f"Recipe {options['recipe']}, seed {options['seed']}, {data['train_images']:,} training "
+        f"images: accuracy {rows[-1]['test_accuracy']:.2%} on the {data['evaluated_on']} after "
+        f"epoch {epochs[-1]}")
+    loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
+    for axes, kind in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+        for split, label in (("train", "training images, augmented"),
+                             ("test", data["evaluated_on"])):
+            curve = [row[f"{split}_{kind}"] for row in rows]
+            axes.plot(epochs, curve, marker=".", label=label)
+    if rows[-1]["test_accuracy"] > min(GOALS):
+        goal = max(GOALS)
+        accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
+    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
+    rate_axes.plot(*learning_rate_curve(report))
+    rate_axes.set_ylim(bottom=0)
+    loss_axes.set(title="Loss, with label smoothing", ylabel="loss")
+    accuracy_axes.set(title="Accuracy", ylabel="accuracy")
+    rate_axes.set(title="Learning rate", ylabel="learning rate")
+    loss_axes.legend()
+    accuracy_axes.legend()
+    for axes in (loss_axes, accuracy_axes, rate_axes):
+        axes.set(xlabel="epoch", xlim=(0, len(rows) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if title == "Accuracy":
-            axes.axhline(0.94, color="gray", linestyle=":", label="94%")
-            axes.yaxis.set_major_formatter("{x:.0%}")
-        if len(keys) > 1:
-            axes.legend()
-        else:
-            axes.set_ylim(bottom=0)
+
+
+def learning_rate_curve(report):
+    """Return the time of each step of the trained epochs, in epochs, and its learning rate."""
+    recipe = Recipe(**report["config"]["recipe"])
+    rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+    steps = math.ceil(report["data"]["train_images"] / recipe.batch_size)
+    trained = range(len(report["epochs"]) * steps)
+    lrs = [scheduled_rates(recipe, rates, step, steps)[0] for step in trained]
+    return [(step + 1) / steps for step in trained], lrs
 
 
 def plot_images(figure, run, images, captions, columns, title):
-    """Draw prepared images (N, 3, H, W) in a grid, each under its caption."""
-    pixels = images.float().cpu() * run.std.view(3, 1, 1) + run.mean.view(3, 1, 1)
-    pixels = pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, 3), colors from 0 to 1
+    """Draw normalized images (N, 3, H, W) in a grid, each under its caption."""
+    pixels = restore_images(images, run.mean, run.std).permute(0, 2, 3, 1).cpu().numpy()
     figure.suptitle(title)
-    grid = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False,
+    rows = math.ceil(len(images) / columns)
+    grid = figure.subplots(rows, columns, squeeze=False,
                            subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
     for axes, image, caption in zip(grid.flat, pixels, captions):
         axes.imshow(image, interpolation="nearest")
         axes.set_title(caption, fontsize=8)
 
 
+def plot_misclassified(figure, run, report, classes):
+    """Draw the first ten images that the run classifies wrongly, if there are any."""
+    labels = run.test.labels
+    probability, predicted = predict_logits(run, run.test.images).softmax(1).max(1)
+    misclassified = (predicted != labels).nonzero().flatten()[:10].tolist()
+    captions = [f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}\n"
+                f"with probability {probability[i]:.2f}" for i in misclassified]
+    if misclassified:
+        plot_images(figure, run, run.test.images[misclassified], captions, 5,
+                    f"The first misclassified {report['data']['evaluated_on']}")
+
+
+def plot_augmented(figure, run, classes):
+    """Draw the first training images of the first epoch."""
+    images, labels = next(augmented_batches(run, 1))
+    captions = [classes[label] for label in labels[:32]]
+    plot_images(figure, run, images[:32], captions, 8, "Training images after augmentation")
+
+
 def save_figures(run, report, classes):
     """Write the figures next to the report, and show them in a notebook."""
     from matplotlib.figure import Figure
-    options = report["config"]["options"]
 
     def save_figure(name, size, plot, *content):
-        figure, output = Figure(size, dpi=120, layout="constrained"), Path(options["output"])
-        path = output.with_name(f"{output.stem}-{name}.png")
+        figure = Figure(size, dpi=120, layout="constrained")
         plot(figure, *content)
+        if not figure.axes:  # there is nothing to show
+            return
+        path = figure_path(report["config"]["options"]["output"], name)
         write_file(path, figure.savefig)
         print(f"figure   {path}")
         if IN_NOTEBOOK:
             from IPython.display import Image, display
             display(Image(filename=str(path)))
+
     if report["lr_sweep"]:
         save_figure("sweep", (7, 4.5), plot_sweep, report)
     if report["epochs"]:
         save_figure("curves", (13, 4.2), plot_curves, report)
-        probability, predicted = predict_logits(run, run.test.images).softmax(1).max(1)
-        wrong = (predicted != run.test.labels).nonzero().flatten()[:10].tolist()
-        captions = [f"{classes[run.test.labels[i]]}\ntaken for {classes[predicted[i]]}\n"
-                    f"with probability {probability[i]:.2f}" for i in wrong]
-        if wrong:
-            save_figure("misclassified", (9, 5), plot_images, run, run.test.images[wrong],
-                        captions, 5, f"The first misclassified {report['data']['evaluated_on']}")
-    recipe = dataclasses.replace(run.recipe, batch_size=32)
-    images, labels = next(augmented_batches(recipe, run.training, run.seed, 1))
-    save_figure("augmented", (9, 5.8), plot_images, run, images, [classes[i] for i in labels],
-                8, "Training images after crop, flip and cutout")
+        save_figure("misclassified", (9, 5), plot_misclassified, run, report, classes)
+    save_figure("augmented", (9, 5.8), plot_augmented, run, classes)
 
 
-# ---- Running -----------------------------------------------------------------------------
+# ---- Running --------------------------------------------------------------------------
+
+def load_data(options):
+    """Return training split, test split and class names, after --subset and --holdout."""
+    folder = Path(options.data_dir).expanduser()
+    if folder.name == CIFAR10.base_folder:
+        folder = folder.parent
+    has_files = (folder / CIFAR10.base_folder).exists()
+    has_archive = (folder / CIFAR10.filename).exists()
+    count = options.subset or TRAIN_IMAGES
+    if count <= 2000 and SAMPLE.exists() and not has_files and not has_archive:
+        print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
+        training, test, classes = load_sample()
+    else:
+        training, test, classes = load_cifar10(folder)
+    training = take_images(training, slice(count))
+    test = take_images(test, slice(count // 5))
+    if options.holdout:
+        test = take_images(training, slice(-options.holdout, None))
+        training = take_images(training, slice(-options.holdout))
+    return training, test, classes
+
+
+def take_images(split, chosen):
+    """Return a part of a Split; `chosen` is a slice."""
+    return Split(split.images[chosen], split.labels[chosen])
+
 
 def choose_rates(run, options):
-    """Return the report's sections `rates` and `lr_sweep`; a sweep finds what is not given."""
+    """Return the Rates of a run: those of the options, else those that a sweep finds."""
     if options.lr_max:
         rates = Rates(options.lr_max / LR_RATIO, options.lr_max)
     else:
         print("sweep    finds the learning rates")
         rates = find_rates(run, show_progress(run, sweeping=True))
-    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    sources = "given" if options.lr_max else "sweep", "given" if options.lr_min else "lr_max"
-    return {"lr_max": rates.lr_max, "lr_max_from": sources[0], "weight_decay": decay,
-            "lr_min": options.lr_min or rates.lr_min, "lr_min_from": sources[1]}, rates.sweep
+    if options.lr_min:
+        rates = rates._replace(lr_min=options.lr_min)
+    if rates.lr_min > rates.lr_max:
+        raise UserError(f"--lr-min {rates.lr_min:.3g} is above LRMAX {rates.lr_max:.3g}, "
+                        "which the sweep found.\nGive a lower --lr-min, or none.")
+    return rates
 
 
-def train_once(recipe, options, images):
-    """Train one seed, or continue its checkpoint. `images` is what `load_images` returns."""
+def train_once(recipe, options, data):
+    """Train one seed, or continue its checkpoint. Return the report.
+
+    `data` is what `load_data` returns.
+    """
     started = time.perf_counter()
-    training, test, classes = images
-    run = start_run(recipe, training, test, options.seed, options.device, options.precision)
-    report = new_report(options, run)
-    resumed = options.checkpoint is not None and Path(options.checkpoint).is_file()
-    if resumed:
-        load_checkpoint(options.checkpoint, run, report)
-    summary = report["summary"]
-    started -= summary["total_seconds"]  # of earlier processes
-
-    def save(status, checkpoint=False):
-        summary.update(summarize_epochs(report["epochs"], len(training.labels)), status=status,
-                       peak_memory_bytes=peak_memory(run.device),
-                       total_seconds=time.perf_counter() - started)
-        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        try:
-            write_file(options.output, lambda file: file.write(text.encode()))
-            if checkpoint and options.checkpoint:
-                content = {"format": FORMAT, "run": run.state(), "report": report}
-                write_file(options.checkpoint, lambda file: torch.save(content, file))
-        except UserError as error:
-            if status == "complete" or not report["epochs"]:
-                raise
-            print(f"warning  {error}")  # the next epoch tries again
-
-    save("running")
-    for name in ("sweep", "curves", "misclassified", "augmented"):  # figures of an earlier run
-        path = Path(options.output)
-        path.with_name(f"{path.stem}-{name}.png").unlink(missing_ok=True)
-    print_heading(report)
+    training, test, classes = data
+    run = start_run(recipe, training, test, options.seed, options.device,
+                    options.precision)
+    recorder = Recorder(run, options, started)
+    is_continued = options.checkpoint is not None and Path(options.checkpoint).is_file()
+    if is_continued:
+        recorder.resume()
+    recorder.prepare_files()
+    print_heading(recorder.report)
+    if is_continued:
+        print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
     try:
-        if resumed:
-            print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
-        else:
-            sweep_started = time.perf_counter()
-            report["rates"], report["lr_sweep"] = choose_rates(run, options)
-            summary["sweep_seconds"] = time.perf_counter() - sweep_started
-            save("running", checkpoint=True)
-        print_rates(report)
+        train_and_record(recorder)
+    except BaseException as error:
+        show_status("")
+        has_diverged = isinstance(error, Diverged)
+        recorder.update_summary("diverged" if has_diverged else "interrupted")
+        with warn_if_write_fails():
+            recorder.save_report()
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            print_interruption(options)
+        raise
+    finish_run(recorder, classes)
+    return recorder.report
+
+
+def train_and_record(recorder):
+    """Find the learning rates, train to the end, and keep report and checkpoint current."""
+    run = recorder.run
+    report = recorder.report
+    if report["rates"] is None:
+        sweep_started = time.perf_counter()
+        rates = choose_rates(run, recorder.options)
+        recorder.summary["sweep_seconds"] = time.perf_counter() - sweep_started
+        report["rates"] = describe_rates(run, rates, recorder.options)
+        report["lr_sweep"] = rates.sweep
+        recorder.save_progress()
+    else:  # the checkpoint has them
         rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+    print_rates(report)
+    if run.epoch < run.recipe.epochs:
         for row in train_epochs(run, rates, show_progress(run)):
             report["epochs"].append(row)
             show_status("")
             print(TABLE_ROW.format(**row))
-            save("running", checkpoint=True)
-        if recipe.epochs:
-            summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
-            summary["tta_test_accuracy"] = evaluate_run(run, tta=True)["test_accuracy"]
-        if options.weights:
-            save_weights(options.weights, run, classes)
-            print(f"weights  {options.weights}")
-        save("complete")
-    except BaseException as error:
-        show_status("")
-        save("diverged" if isinstance(error, Diverged) else "interrupted")
-        if isinstance(error, KeyboardInterrupt) and options.checkpoint:
-            print(f"stopped  the same command continues from {options.checkpoint}")
-        raise
-    if recipe.epochs:
-        print_summary(report)
-    if options.figures:
+            recorder.save_progress()
+    if report["epochs"]:
+        recorder.summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
+        with_tta = evaluate_run(run, tta=True)
+        recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
+
+
+def finish_run(recorder, classes):
+    """Print the result, then write all files. Raise UserError if one cannot be written."""
+    options = recorder.options
+    recorder.update_summary("complete")
+    if recorder.report["epochs"]:
+        print_summary(recorder.report)
+    failures = []
+    for save in (recorder.save_report, recorder.save_checkpoint):
         try:
-            save_figures(run, report, classes)
-        except Exception as error:  # the run is complete and its report is written
-            print(f"figures  none: {error} (pip install matplotlib?)")
-    return report
+            save()
+        except UserError as error:  # the other files may still be written
+            failures.append(error)
+    if options.weights is not None:
+        try:
+            save_weights(options.weights, recorder.run, classes)
+            print(f"weights  {options.weights}")
+        except UserError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    if options.figures:
+        draw_figures(recorder, classes)
+
+
+def print_interruption(options):
+    """Print what is left of a run that was interrupted, and how it can be continued."""
+    print(f"stopped  {options.output} has the epochs so far")
+    if options.checkpoint is not None:
+        print(f"         the same command continues from {options.checkpoint}")
+    else:
+        print("         with --checkpoint FILE, the same command would continue the run")
+
+
+def draw_figures(recorder, classes):
+    """Draw the figures, or print why there are none: the run is complete in any case."""
+    try:
+        save_figures(recorder.run, recorder.report, classes)
+    except ImportError as error:
+        print(f"figures  none: {error} (pip install matplotlib?)")
+    except Exception as error:
+        print(f"figures  none: {error}")
 
 
 def main(argv=None):
-    """Run with these arguments or the command line's. --runs puts the seeds into file names."""
+    """Run with these arguments, or with those of the command line.
+
+    Return the report, a dictionary. With --runs, return a list of reports.
+    """
     recipe, options = parse_arguments(argv)
-    images, accuracies = load_images(options), []
+    data = load_data(options)
+    reports = []
     for seed in range(options.seed, options.seed + options.runs):
-        own = argparse.Namespace(**{**vars(options), "seed": seed})
-        for name in ("output", "checkpoint", "weights") if options.runs > 1 else ():
-            if path := getattr(options, name):
-                setattr(own, name, str(Path(path).with_stem(f"{Path(path).stem}-seed{seed}")))
-        report = train_once(recipe, own, images)
-        accuracies.append(report["summary"]["final_test_accuracy"])
-    if recipe.epochs and len(accuracies) > 1:
-        deviation, count = statistics.stdev(accuracies), len(accuracies)
-        print(f"{count} runs   mean {statistics.fmean(accuracies):.2%}, standard deviation "
-              f"{deviation:.2%}, standard error {deviation / count ** 0.5:.2%}, "
-              f"{sum(value >= 0.94 for value in accuracies)} at 94% or more")
+        reports.append(train_once(recipe, options_of_seed(options, seed), data))
+    if options.runs == 1:
+        return reports[0]
+    if recipe.epochs:
+        print_runs([report["summary"]["final_test_accuracy"] for report in reports])
+    return reports
 
 
 def run_process():
     """Run the script as a process: an error becomes a sentence and an exit code."""
-    if not IN_NOTEBOOK:  # where %run starts it in the notebook's process
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # In a notebook, %run starts the script in the notebook's own process.
+    if in_main_thread and not IN_NOTEBOOK:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if hasattr(sys.stdout, "reconfigure") and not IN_NOTEBOOK:
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
@@ -1207,10 +1996,17 @@ def run_process():
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:  # MemoryError has no text
-        if not re.search("out of memory|can't allocate memory|^$", str(error), re.IGNORECASE):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         sys.exit("error: out of memory. Try a smaller --batch-size.")
+
+
+def is_out_of_memory(error):
+    """Tell whether an error of PyTorch or Python says that there is no memory left."""
+    text = str(error).lower()
+    return (isinstance(error, MemoryError) or "out of memory" in text
+            or "can't allocate memory" in text)
 
 
 if __name__ == "__main__":

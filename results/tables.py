@@ -1,9 +1,12 @@
-"""Make the tables of ../README.md and README.md anew from the reports in the folders beside this
-file. A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what is in it.
+"""Make the tables of ../README.md and README.md anew from the reports in results/*/.
 
     python results/tables.py
+
+In the text, a table stands between `<!-- table: NAME -->` and `<!-- end -->`. This script
+replaces the lines between these two comments. TABLES says what the table NAME shows.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,28 +18,43 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 
-FILES = HERE.parent / "README.md", HERE / "README.md"
+FILES = [HERE.parent / "README.md", HERE / "README.md"]
 
-# NAME: (heading of the labels, columns, rows). A row is a label and a pattern of reports, or
-# several with spaces between; " | " in a label begins another column. A column is a key of CELLS,
-# or the distance to the row above ("gain") or to the first row ("ahead"). If `columns` maps names
-# of groups to columns, a row has a pattern for each group, and "" leaves its cells empty.
+# What each table shows. TABLES has the parts of a table under its name:
+#
+#     "NAME": (heading, columns, rows)
+#
+# `rows` is a list of (label, pattern). The label is the text at the left end of a row;
+# `heading` is the heading above the labels. A " | " in them begins another column. The
+# pattern says which reports belong to the row: the files results/PATTERN.json, where *
+# stands for any text and ? for one character.
+#
+# `columns` is a list of names. For most names, CELLS has a function that makes the cell
+# from the reports of a row. Two names compare the accuracy of a row with another row's:
+# "gain" with that of the row above, "ahead" with that of the first row.
+#
+# Some tables have groups of columns, and each group has its own reports: for instance, of
+# the same command on another machine. Then `columns` is a dictionary from a group's name
+# to its list, and a row has a pattern for each group: (label, pattern, pattern). If a
+# pattern is "", there are no reports, and the cells show "-".
 TABLES = {
     "headline": ("command | epochs", {
-        "H100": ["accuracy", "flip TTA"], "two CPU cores": ["accuracy", "flip TTA"],
-        "H200": ["seconds"], "two Xeon cores": ["minutes"]}, [
-        ("`python train.py` | 24", "h100/default-seed*", "default/seed*", "h200/default-seed*",
-         "default/seed*"),
-        ("`python train.py --recipe fast` | 12", "", "fast/seed*", "", "fast/seed*"),
-        ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed*", "",
-         "letter/plain-seed1"),
+        "H100": ["accuracy", "flip TTA"],
+        "2 cores of an Intel Xeon": ["accuracy", "flip TTA", "minutes"],
+    }, [
+        ("`python train.py` | 24", "h100/default-seed*", "default/seed*"),
+        ("`python train.py --recipe fast` | 12", "", "fast/seed*"),
+        ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed1"),
     ]),
-    "graph": ("code", ["training, s", "sweep, s", "seconds", "accuracy", "flip TTA", "seeds"], [
+    "graph": ("code", [
+        "training, s", "sweep, s", "seconds", "accuracy", "flip TTA", "seeds",
+    ], [
         ("without the CUDA graph (commit a90de17)", "h200/without-graph-seed*"),
         ("with it", "h200/default-seed*"),
     ]),
-    "runs": ("options | machine", ["accuracy", "flip TTA", "90% at epoch", "94% at epoch", "LRMAX",
-                                   "seeds"], [
+    "runs": ("options | machine", [
+        "accuracy", "flip TTA", "90% at epoch", "94% at epoch", "LRMAX", "seeds",
+    ], [
         ("none | H100", "h100/default-seed*"),
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
@@ -48,6 +66,10 @@ TABLES = {
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --epochs 1`", "first-look/one-epoch-seed*"),
         ("`--subset`", "first-look/seed*"),
+    ]),
+    "muon": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
+        ("`--subset --recipe fast --epochs 6`", "muon/adam-seed*"),
+        ("`--subset --recipe fast --epochs 6 --optimizer muon`", "muon/muon-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
         ("plain | `--recipe plain`", "h100/plain-seed*"),
@@ -79,82 +101,103 @@ TABLES = {
         ("LRMAX halved", "h100/holdout-lr-max-0.03-seed*"),
         ("LRMAX doubled", "h100/holdout-lr-max-0.12-seed*"),
     ]),
-    "fast-tuning": ("change", dict.fromkeys(["with it", "without"], ["accuracy", "flip TTA"]), [
-        *((f"`{option}`", f"fast-tuning/factorial-{skipped}1*",
-           f"fast-tuning/factorial-{skipped}0*") for skipped, option in [
-            ("", "--padding 2"), ("?", "--label-smoothing 0.1"), ("??", "--decay-epochs 3"),
-            ("???", "--peak-fraction 0.12"), ("????", "--ema-epochs 1"),
-            ("?????", "--lr-max 0.09")]),
-        ("`--ema-epochs 0.25`, not 0.5", "fast-tuning/*-ema0.25-*", "fast-tuning/*-ema0.5-*"),
-        ("`--padding 1`, not 2", "fast-tuning/padding1*", "fast-tuning/padding2*"),
+    # In the names of these reports, each digit stands for one of the first six rows:
+    # 1 means that the run had this change, 0 that it did not.
+    "fast-tuning": ("change", {
+        "with it": ["accuracy", "flip TTA"],
+        "without": ["accuracy", "flip TTA"],
+    }, [
+        ("`--padding 2`",
+         "fast-tuning/factorial-1*", "fast-tuning/factorial-0*"),
+        ("`--label-smoothing 0.1`",
+         "fast-tuning/factorial-?1*", "fast-tuning/factorial-?0*"),
+        ("`--decay-epochs 3`",
+         "fast-tuning/factorial-??1*", "fast-tuning/factorial-??0*"),
+        ("`--peak-fraction 0.12`",
+         "fast-tuning/factorial-???1*", "fast-tuning/factorial-???0*"),
+        ("`--ema-epochs 1`",
+         "fast-tuning/factorial-????1*", "fast-tuning/factorial-????0*"),
+        ("`--lr-max 0.09`",
+         "fast-tuning/factorial-?????1*", "fast-tuning/factorial-?????0*"),
+        ("`--ema-epochs 0.25`, not 0.5",
+         "fast-tuning/*-ema0.25-*", "fast-tuning/*-ema0.5-*"),
+        ("`--padding 1`, not 2",
+         "fast-tuning/padding1*", "fast-tuning/padding2*"),
     ]),
 }
 
 
-def in_todays_form(report):
-    """Return a report in format 2, as far as it is read here, with today's names of constants."""
-    if report.get("format") == 2:
-        return report
-    config, found = report["config"], report["lr_sweep"]
-    was = {"annihilation": 1, "l2": 0, "average_epochs": 0, "flips": "alternating",
-           **config["recipe"]}
-    same = ("peak_fraction annihilation beta2 epsilon l2 label_smoothing logit_scale padding_mode "
-            "flips cutout")
-    recipe = {
-        **{name: was[name] for name in same.split()},
-        "epochs": config["epochs"], "batch_size": config["batch_size"],
-        "beta1": was["beta1"][0], "beta1_peak": was["beta1"][1],
-        "decay_epochs": {"inf": 0}.get(was["memory_epochs"], was["memory_epochs"]),
-        "ema_epochs": was["average_epochs"],
-        "initialization": "identity" if was["whitening_images"] else "pytorch",
-    }
-    rates = {"lr_max": config["lr_max"], "lr_max_from": "sweep" if found else "given",
-             "lr_min": config["lr_min"], "lr_min_from": "lr_max" if found else "given"}
-    return {**report, "config": {"recipe": recipe, "options": {"seed": config["seed"]}},
-            "rates": rates}
+# ---- Reports -----------------------------------------------------------------------------
+# From here on, a row is a dictionary: its reports by their path from results/.
+
+def load_row(pattern):
+    """Return the row of a pattern, in the order of its seeds. The row of "" is empty.
+
+    Raise ValueError if no report matches or if the reports do not belong in one row.
+    """
+    if not pattern:
+        return {}
+    reports = {}
+    for path in sorted(HERE.glob(f"{pattern}.json")):
+        name = path.relative_to(HERE).as_posix()
+        reports[name] = json.loads(path.read_text())
+        check_recipe(name, reports[name])
+    if not reports:
+        raise ValueError(f"no report matches {pattern}")
+    if pattern.startswith("fast-tuning/"):
+        # The runs of such a row share one change of the recipe and differ in others.
+        check_alike(reports, conditions)
+    else:
+        check_alike(reports, configuration)
+    names = sorted(reports, key=lambda name: reports[name]["config"]["options"]["seed"])
+    return {name: reports[name] for name in names}
 
 
-def conditions(report):
-    """Return what compared rows must share. One kind of CPU is as accurate as another."""
-    data, environment = report["data"], report["environment"]
-    machine = "cpu" if environment["device"] == "cpu" else environment["device_name"]
-    return data["train_images"], data["evaluated_on"], machine, environment["precision"]
-
-
-def configuration(report):
-    """Return what the runs of one row must share: all but their seeds and the rates they found."""
-    rates = report["rates"]
-    given = [rates[name] for name in ("lr_max", "lr_min") if rates[f"{name}_from"] == "given"]
-    return sorted(report["config"]["recipe"].items()), conditions(report), given
+def check_recipe(name, report):
+    """Raise ValueError if a report's recipe does not have the fields of train.Recipe."""
+    fields = {field.name for field in dataclasses.fields(train.Recipe)}
+    recorded = set(report["config"]["recipe"])
+    if recorded != fields:
+        missing = sorted(fields - recorded)
+        unknown = sorted(recorded - fields)
+        raise ValueError(f"the recipe in {name} must have the fields of train.Recipe; "
+                         f"missing: {missing}, unknown: {unknown}")
 
 
 def check_alike(row, trait):
-    """Raise ValueError if reports differ in what `trait` returns of them."""
-    kinds = {json.dumps(trait(report)): name for name, report in row.items()}
-    if len(kinds) > 1:
-        raise ValueError(f"unlike reports: {kinds}")
+    """Raise ValueError unless the function `trait` returns the same for all reports."""
+    examples = {}  # the name of one report for each value that `trait` returns
+    for name, report in row.items():
+        value = json.dumps(trait(report), sort_keys=True)
+        examples[value] = name
+    if len(examples) > 1:
+        raise ValueError(f"unlike reports: {examples}")
 
 
-def load_row(patterns):
-    """Return the reports of a row by their path from here, in the order of their seeds."""
-    paths = [path for pattern in patterns.split() for path in HERE.glob(f"{pattern}.json")]
-    reports = {path.relative_to(HERE).as_posix(): in_todays_form(json.loads(path.read_text()))
-               for path in paths}
-    if patterns and not reports:
-        raise ValueError(f"no report matches {patterns}")
-    # A row of fast-tuning has all runs with one change, whatever else differs between them.
-    check_alike(reports, conditions if "fast-tuning" in patterns else configuration)
-    return dict(sorted(reports.items(), key=lambda item: item[1]["config"]["options"]["seed"]))
+def machine(report):
+    """Return the name of the device that a run was on."""
+    return report["environment"]["device_name"]
 
 
-def percent(fraction):
-    """Return a fraction in percent as text; 0.94595 is 94.60, whatever its last bit says."""
-    return f"{100 * fraction + 1e-9:.2f}"
+def conditions(report):
+    """Return what rows must share if their accuracies are compared."""
+    data = report["data"]
+    environment = report["environment"]
+    if environment["device"] == "cpu":
+        device = "cpu"  # all kinds of CPU are equally accurate
+    else:
+        device = machine(report)
+    return [data["train_images"], data["evaluated_on"], device, environment["precision"]]
 
 
-def span(numbers, form="{:.3g}"):
-    """Return the smallest and the largest number as text, or the only one."""
-    return " to ".join(dict.fromkeys(form.format(end) for end in (min(numbers), max(numbers))))
+def configuration(report):
+    """Return what the runs of a row must share: all but the seeds and the rates found."""
+    rates = report["rates"]
+    given = {}
+    for name in ("lr_max", "lr_min"):
+        if rates[f"{name}_from"] == "given":
+            given[name] = rates[name]
+    return [report["config"]["recipe"], given, conditions(report)]
 
 
 def values(row, key="final_test_accuracy"):
@@ -162,34 +205,93 @@ def values(row, key="final_test_accuracy"):
     return [report["summary"][key] for report in row.values()]
 
 
+# ---- Cells: the text that a row has in a column ------------------------------------------
+
+def percent(fraction):
+    """Return a fraction as text, in percent with two digits after the point."""
+    # Without 1e-9, 0.94595 could become 94.59: the float may be a little smaller.
+    return f"{100 * fraction + 1e-9:.2f}"
+
+
+def span(numbers, form="{:.3g}"):
+    """Return the smallest and the largest number as text, or one if they look alike."""
+    lowest = form.format(min(numbers))
+    highest = form.format(max(numbers))
+    if lowest == highest:
+        return lowest
+    return f"{lowest} to {highest}"
+
+
 def accuracy_cell(row):
-    deviation = f" ± {percent(statistics.stdev(values(row)))}" if len(row) > 1 else ""
-    return f"{percent(statistics.fmean(values(row)))}{deviation} (n={len(row)})"
+    """Return the mean accuracy of the runs, their standard deviation and their number."""
+    accuracies = values(row)
+    mean = percent(statistics.fmean(accuracies))
+    if len(accuracies) == 1:
+        return f"{mean} (n=1)"
+    deviation = percent(statistics.stdev(accuracies))
+    return f"{mean} ± {deviation} (n={len(accuracies)})"
+
+
+def tta_cell(row):
+    """Return the mean accuracy with flip test-time augmentation."""
+    return percent(statistics.fmean(values(row, "tta_test_accuracy")))
+
+
+def seeds_cell(row):
+    """Return the accuracy of each run, as a link to its report."""
+    links = []
+    for name, report in row.items():
+        accuracy = percent(report["summary"]["final_test_accuracy"])
+        links.append(f"[{accuracy}]({name})")
+    return ", ".join(links)
+
+
+def lr_max_cell(row):
+    """Return the lowest and the highest LRMAX that the runs used."""
+    return span([report["rates"]["lr_max"] for report in row.values()])
 
 
 def epoch_cell(row, goal):
-    first = [epochs_to[goal] or math.inf for epochs_to in values(row, "epochs_to")]
-    return span(first).replace("inf", "never")
+    """Return after which epochs the runs first had the accuracy `goal`, like "0.94"."""
+    epochs = []
+    for first_epochs in values(row, "epochs_to"):
+        if first_epochs[goal] is None:
+            epochs.append(math.inf)
+        else:
+            epochs.append(first_epochs[goal])
+    return span(epochs).replace("inf", "never")
 
 
 def time_cell(row, key, unit=1):
-    check_alike(row, lambda report: report["environment"]["device_name"])  # times hang on it
+    """Return how long the runs took; `unit` is 1 for seconds and 60 for minutes."""
+    check_alike(row, machine)  # times of different machines do not belong in one cell
     return span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
 def found_rates(row):
-    """Return the LRMAX that today's rule reads off the sweep of each report."""
-    sweeps = [(report["lr_sweep"]["lr"], report["lr_sweep"]["loss"]) for report in row.values()]
-    return [train.read_sweep(lrs, train.smooth_losses(losses, 1 / math.log10(lrs[1] / lrs[0])))[1]
-            for lrs, losses in sweeps]
+    """Return the LRMAX that today's rule finds in the sweep of each report."""
+    found = []
+    for report in row.values():
+        lrs = report["lr_sweep"]["lr"]
+        losses = report["lr_sweep"]["loss"]
+        steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
+        smoothed = train.smooth_losses(losses, steps_per_decade)
+        _, lr_max = train.read_sweep(lrs, smoothed)
+        found.append(lr_max)
+    return found
+
+
+def spread_cell(row):
+    """Return the largest LRMAX that today's rule finds, divided by the smallest."""
+    found = found_rates(row)
+    return f"{max(found) / min(found):.2f}"
 
 
 CELLS = {
     "accuracy": accuracy_cell,
-    "flip TTA": lambda row: percent(statistics.fmean(values(row, "tta_test_accuracy"))),
-    "seeds": lambda row: ", ".join(f"[{percent(accuracy)}]({name})"
-                                   for name, accuracy in zip(row, values(row), strict=True)),
-    "LRMAX": lambda row: span([report["rates"]["lr_max"] for report in row.values()]),
+    "flip TTA": tta_cell,
+    "seeds": seeds_cell,
+    "LRMAX": lr_max_cell,
     "90% at epoch": lambda row: epoch_cell(row, "0.90"),
     "94% at epoch": lambda row: epoch_cell(row, "0.94"),
     "training, s": lambda row: time_cell(row, "train_seconds"),
@@ -197,52 +299,93 @@ CELLS = {
     "seconds": lambda row: time_cell(row, "total_seconds"),
     "minutes": lambda row: time_cell(row, "total_seconds", 60),
     "LRMAX found": lambda row: span(found_rates(row)),
-    "largest / smallest": lambda row: f"{max(found_rates(row)) / min(found_rates(row)):.2f}",
+    "largest / smallest": spread_cell,
 }
 
 
-def distance_cell(row, other, rows):
-    """Return how far the mean of a row is above another's, and its standard error, in points.
+def pooled_deviation(rows):
+    """Return one standard deviation for all rows: that of runs from their row's mean."""
+    squares = 0
+    degrees_of_freedom = 0
+    for row in rows:
+        squares += statistics.pvariance(values(row)) * len(row)
+        degrees_of_freedom += len(row) - 1
+    return math.sqrt(squares / degrees_of_freedom)
 
-    The runs of each row are taken to deviate alike: by the pooled standard deviation of all rows.
+
+def distance_cell(row, other, rows):
+    """Return by how many points a row's mean is above another's, and the standard error.
+
+    The error assumes that in all `rows`, runs deviate alike from the mean of their row.
     """
-    check_alike({name: report for each in rows for name, report in each.items()}, conditions)
-    squares = sum(statistics.pvariance(values(each)) * len(each) for each in rows)
-    deviation = math.sqrt(squares / sum(len(each) - 1 for each in rows))
+    reports = {}
+    for each in rows:
+        reports.update(each)
+    check_alike(reports, conditions)
     distance = statistics.fmean(values(row)) - statistics.fmean(values(other))
-    error = deviation * math.sqrt(1 / len(row) + 1 / len(other))
-    return f"{round(100 * distance, 2) + 0:+.2f} ± {100 * error:.2f}"  # + 0: no -0.00
+    error = pooled_deviation(rows) * math.sqrt(1 / len(row) + 1 / len(other))
+    points = round(100 * distance, 2)
+    if points == 0:
+        points = 0.0  # it may have been -0.0
+    return f"{points:+.2f} ± {100 * error:.2f}"
 
 
 def make_cell(column, rows, i):
-    """Return the cell of row `i` in a column; a row is a dictionary of reports."""
+    """Return the cell of row `i` in a column; `rows` are all rows of the table."""
+    row = rows[i]
+    if not row:
+        return "-"
     if column in CELLS:
-        return CELLS[column](rows[i]) if rows[i] else "-"
-    return distance_cell(rows[i], rows[{"gain": i - 1, "ahead": 0}[column]], rows) if i else "-"
+        return CELLS[column](row)
+    if i == 0:
+        return "-"  # no row is above the first one
+    if column == "gain":
+        return distance_cell(row, rows[i - 1], rows)
+    if column == "ahead":
+        return distance_cell(row, rows[0], rows)
+    raise ValueError(f"no column has the name {column}")
 
 
-def make_table(label, columns, declared):
-    """Return a Markdown table as TABLES declares it."""
-    headings, lines = [label], [[row[0]] for row in declared]
-    groups = columns if isinstance(columns, dict) else {"": columns}
-    for position, (group, names) in enumerate(groups.items(), 1):
-        rows = [load_row(row[position]) for row in declared]
-        headings += [", ".join(filter(None, [name, group])) for name in names]
-        for i, line in enumerate(lines):
-            line += [make_cell(name, rows, i) for name in names]
-    heading, *lines = [" | ".join(line) for line in [headings, *lines]]
-    lines = [heading, re.sub(r"[^|]+", " --- ", heading).strip(), *lines]
-    return "".join(f"| {line} |\n" for line in lines)
+# ---- Tables ------------------------------------------------------------------------------
+
+def make_table(heading, columns, declared_rows):
+    """Return a Markdown table of three parts, which are explained above TABLES."""
+    if isinstance(columns, dict):
+        groups = columns
+    else:
+        groups = {"": columns}  # one group without a name
+    headings = heading.split(" | ")
+    lines = [declared[0].split(" | ") for declared in declared_rows]  # lists of cells
+    for position, group in enumerate(groups, start=1):  # at position 0 is the label
+        rows = [load_row(declared[position]) for declared in declared_rows]
+        for column in groups[group]:
+            if group:
+                headings.append(f"{column}, {group}")
+            else:
+                headings.append(column)
+            for i, line in enumerate(lines):
+                line.append(make_cell(column, rows, i))
+    separator = ["---"] * len(headings)
+    return "".join(markdown_line(cells) for cells in [headings, separator, *lines])
+
+
+def markdown_line(cells):
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |\n"
 
 
 def fill_tables(path):
     """Return the text of a Markdown file with its tables made anew."""
     def fill(match):
-        table = make_table(*TABLES[match[2]])
+        """Return the two comments of a table, with the new table between them."""
+        begin, name, end = match.groups()
+        heading, columns, declared_rows = TABLES[name]
+        table = make_table(heading, columns, declared_rows)
         if path.parent != HERE:
-            table = re.sub(r"\]\((?!http)", "](results/", table)
-        return match[1] + table + match[3]
-    return re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", fill, path.read_text(), flags=re.S)
+            table = table.replace("](", "](results/")  # the links to reports
+        return begin + table + end
+    pattern = r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, fill, path.read_text(), flags=re.DOTALL)
 
 
 if __name__ == "__main__":
