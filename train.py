@@ -59,6 +59,7 @@ from filelock import FileLock  # PyTorch requires it, so it is there
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 if torch.__version__ < (2, 7):  # PyTorch's own type of string, which compares versions
     raise ImportError(f"train.py needs PyTorch 2.7 or newer, this is {torch.__version__}")
@@ -197,11 +198,11 @@ def load_cifar10(data_dir):
     The images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download
     fails. (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
     """
+    data_dir = Path(data_dir).expanduser()
     try:
         return read_cifar10(data_dir)
     except RuntimeError:  # a file is missing or damaged
-        download_cifar10(Path(data_dir))
-        return read_cifar10(data_dir)
+        return download_cifar10(data_dir)
 
 
 def read_cifar10(data_dir):
@@ -213,28 +214,41 @@ def read_cifar10(data_dir):
 
 
 def download_cifar10(data_dir):
-    """Bring CIFAR-10 into `data_dir`. Raise UserError if that fails.
-
-    torchvision downloads or unpacks again what is missing or damaged. The lock makes a
-    second run wait until the first one is done.
-    """
+    """Bring CIFAR-10 into `data_dir` and read it. Raise UserError if that fails."""
     archive = data_dir / CIFAR10.filename
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets none
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / "cifar-10.lock"):
-            if not archive.exists():
+        # A second run waits here until the first one has the data.
+        with FileLock(data_dir / "cifar-10.lock"), socket_timeout(30):
+            with contextlib.suppress(RuntimeError):
+                return read_cifar10(data_dir)
+            if not is_whole_archive(archive):
                 print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}")
-            CIFAR10(data_dir, download=True)
+            download_and_extract_archive(CIFAR10.url, str(data_dir), filename=archive.name,
+                                         md5=CIFAR10.tgz_md5)
+            return read_cifar10(data_dir)
     except Exception as error:  # network, archive and disk raise errors of many types
         advice = (f"Put a whole copy of {CIFAR10.url} at {archive},\n"
                   "or name the folder that has CIFAR-10 with --data-dir.")
         if SAMPLE.exists():
             advice += "\nA first look needs no download: python train.py --subset"
         raise UserError(f"could not get CIFAR-10 ({error}).\n{advice}") from None
+
+
+def is_whole_archive(archive):
+    """Tell whether CIFAR-10's archive is there, and whole."""
+    return check_integrity(str(archive), CIFAR10.tgz_md5)
+
+
+@contextlib.contextmanager
+def socket_timeout(seconds):
+    """Let a download fail after so many seconds without an answer. torchvision sets none."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(before)
 
 
 # Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
@@ -479,8 +493,8 @@ def orthogonalize(matrix, dtype=torch.float32):
 
     First, `matrix` is divided by its norm, so its singular values are at most 1. Then
     each Newton-Schulz step turns a value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5. This
-    needs only matrix products, computed in `dtype`. Values above 0.02 end between 0.7 and
-    1.3.
+    needs only matrix products, computed in `dtype`. Values above 0.02 end between 0.65
+    and 1.3.
     """
     x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     is_tall = x.shape[0] > x.shape[1]
@@ -503,9 +517,9 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
     update = orthogonalize(direction.flatten(1), dtype)
-    # A fixed norm takes the place of weight decay. The output stays as it is, because a
-    # BatchNorm follows, which divides it by its own deviation.
-    weight.mul_(math.sqrt(len(weight)) / weight.norm())
+    # A fixed norm takes the place of weight decay. It does not change the output of our
+    # network, because a BatchNorm follows and divides it by its own deviation.
+    weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
     weight.add_(update.view_as(weight), alpha=-lr)
 
 
@@ -518,6 +532,9 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": MUON_LR_FACTOR}
         super().__init__([*adam.param_groups, muon_group], {})
+
+    def __getstate__(self):  # for copies; PyTorch keeps only what it knows
+        return {**super().__getstate__(), "adam": self.adam, "dtype": self.dtype}
 
     @torch.no_grad()
     def step(self):
@@ -719,9 +736,10 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
               num_classes=10, loss=None, augment=None, cuda_graph=True):
     """Return a Run that has not trained yet.
 
-    A seed gives the same initial weights on every device. The Splits are of uint8 images
-    (N, 3, 32, 32), or of what your own `model` takes. `choose_device` and
-    `choose_precision` say what "auto" is. Raise ValueError for what cannot be trained.
+    A seed gives the same initial weights on every device. (Dropout in a network of your own
+    follows `torch.manual_seed`.) The Splits are of uint8 images (N, 3, 32, 32), or of what
+    your own `model` takes. `choose_device` and `choose_precision` say what "auto" is. Raise
+    ValueError for what cannot be trained.
 
     These parts of a run can be exchanged:
 
@@ -729,7 +747,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
       A network keeps its weights: given to a second run, it goes on from the first one's.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
-      `cross_entropy` does. It calls `run.forward` once for the logits.
+      `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
+      evaluation stays cross-entropy.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
@@ -1481,11 +1500,11 @@ class Recorder:
 
     def prepare_files(self):
         """Try all files that the run will write; remove the figures of an earlier run."""
-        self.update_summary("running")
-        self.save_report()
         for path in (self.options.checkpoint, self.options.weights):
             if path is not None:
                 check_writable(path)
+        self.update_summary("running")
+        self.save_report()
         for name in FIGURES:
             figure_path(self.options.output, name).unlink(missing_ok=True)
 
@@ -1500,7 +1519,7 @@ class Recorder:
         except Exception as error:  # a damaged file raises errors of many types
             if is_out_of_memory(error):
                 raise
-            raise UserError(f"{path} is not a readable checkpoint ({error!r}).\n"
+            raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).\n"
                             "Delete it or choose another --checkpoint.") from None
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
@@ -1828,7 +1847,7 @@ def load_data(options):
     if folder.name == CIFAR10.base_folder:
         folder = folder.parent
     has_files = (folder / CIFAR10.base_folder).exists()
-    has_archive = (folder / CIFAR10.filename).exists()
+    has_archive = is_whole_archive(folder / CIFAR10.filename)
     count = options.subset or TRAIN_IMAGES
     if count <= 2000 and SAMPLE.exists() and not has_files and not has_archive:
         print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
@@ -1873,12 +1892,11 @@ def train_once(recipe, options, data):
     run = start_run(recipe, training, test, options.seed, options.device,
                     options.precision)
     recorder = Recorder(run, options, started)
-    is_continued = options.checkpoint is not None and Path(options.checkpoint).is_file()
-    if is_continued:
+    if options.checkpoint is not None and Path(options.checkpoint).is_file():
         recorder.resume()
     recorder.prepare_files()
     print_heading(recorder.report)
-    if is_continued:
+    if run.epoch > 0:
         print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
     try:
         train_and_record(recorder)
