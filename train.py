@@ -1523,7 +1523,7 @@ class Recorder:
                             "Delete it or choose another --checkpoint.") from None
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
-                            "same options, delete it, or choose another --checkpoint.")
+                            "same options, delete the checkpoint, or choose another one.")
         for section in ("rates", "lr_sweep", "epochs"):
             self.report[section] = saved["report"][section]
         self.summary.update(saved["report"]["summary"])
@@ -1726,23 +1726,24 @@ def plot_sweep(figure, report):
                   label="loss of a step")
     axes.semilogx(lrs, smoothed, color="tab:blue", label="smoothed")
     axes.axhline(SWEEP_RISE * min(smoothed), color="gray", linestyle=":",
-                 label=f"{SWEEP_RISE - 1:.0%} above the minimum")
-    axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.2g}")
-    axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.2g}")
+                 label=f"{SWEEP_RISE - 1:.0%} above the lowest smoothed loss")
+    axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.3g}")
+    axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.3g}")
     if lr_max < lrs[-1]:
         last_low = lr_max / 2  # by the rule of `read_sweep`
         axes.plot(last_low, np.interp(last_low, lrs, smoothed), "o", color="tab:red",
-                  label="LRMAX / 2")
+                  label="last rate before the rise: LRMAX / 2")
     # The loss after divergence would flatten the rest.
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * smoothed[0]))
     axes.set_title("Learning-rate range sweep")
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel("loss")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
 
 
 def plot_curves(figure, report):
     """Draw loss, accuracy and learning rate over the epochs."""
+    from matplotlib.ticker import PercentFormatter
     options = report["config"]["options"]
     data = report["data"]
     rows = report["epochs"]
@@ -1760,7 +1761,7 @@ def plot_curves(figure, report):
     if rows[-1]["test_accuracy"] > min(GOALS):
         goal = max(GOALS)
         accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
-    accuracy_axes.yaxis.set_major_formatter("{x:.0%}")
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
     rate_axes.plot(*learning_rate_curve(report))
     rate_axes.set_ylim(bottom=0)
     loss_axes.set(title="Loss, with label smoothing", ylabel="loss")
@@ -1958,18 +1959,18 @@ def finish_run(recorder, classes):
         except UserError as error:
             failures.append(error)
     if failures:
-        raise failures[0]
+        raise UserError("\n".join(str(failure) for failure in failures))
     if options.figures:
         draw_figures(recorder, classes)
 
 
 def print_interruption(options):
     """Print what is left of a run that was interrupted, and how it can be continued."""
-    print(f"stopped  {options.output} has the epochs so far")
+    print(f"stopped  {options.output} has the epochs that were completed")
     if options.checkpoint is not None:
         print(f"         the same command continues from {options.checkpoint}")
     else:
-        print("         with --checkpoint FILE, the same command would continue the run")
+        print("         it cannot be continued; a run with --checkpoint FILE could be")
 
 
 def draw_figures(recorder, classes):
