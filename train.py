@@ -591,7 +591,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass
 class Run:
-    """A model, what trains it, and how far it has come. `start_run` makes one."""
+    """A model, what trains it, and how far it has come. `start_run` makes one.
+
+    These parts can be exchanged, the first four by parameters of `start_run`:
+
+    - `model` is a network, or a function that makes one, which is called under the seed.
+      A network keeps its weights: given to a second run, it goes on from the first one's.
+      `logit_scale` and `initialization` of the recipe are for the built-in network alone.
+    - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
+      `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
+      evaluation stays cross-entropy.
+    - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
+      They are normalized, on the run's device, in its precision. `restore_images` makes
+      them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
+      seed decides.
+    - `cuda_graph`: a CUDA graph skips the hooks of a network. False turns it off.
+    - `optimizer` can be set on the run, before the sweep.
+    """
     recipe: Recipe
     seed: int
     device: str  # "cuda", "mps" or "cpu"
@@ -604,9 +620,9 @@ class Run:
     averaged: nn.Module  # moving average of the weights, used for evaluation
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps small gradients from vanishing in fp16
-    loss: Callable  # see `start_run`
-    augment: Callable | None = None  # see `start_run`
-    cuda_graph: bool = True  # use one where it helps
+    loss: Callable
+    augment: Callable | None = None
+    cuda_graph: bool = True
     preparation_seconds: float = 0.0
     seconds: float = 0.0  # of preparation and training; evaluation does not count
     epoch: int = 0  # epochs trained
@@ -736,25 +752,11 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
               num_classes=10, loss=None, augment=None, cuda_graph=True):
     """Return a Run that has not trained yet.
 
-    A seed gives the same initial weights on every device. (Dropout in a network of your own
-    follows `torch.manual_seed`.) The Splits are of uint8 images (N, 3, 32, 32), or of what
-    your own `model` takes. `choose_device` and `choose_precision` say what "auto" is. Raise
-    ValueError for what cannot be trained.
-
-    These parts of a run can be exchanged:
-
-    - `model` is a network, or a function that makes one, which is called under the seed.
-      A network keeps its weights: given to a second run, it goes on from the first one's.
-      `logit_scale` and `initialization` of the recipe are for the built-in network alone.
-    - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
-      `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
-      evaluation stays cross-entropy.
-    - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
-      They are normalized, on the run's device, in its precision. `restore_images` makes
-      them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
-      seed decides.
-    - For another optimizer, set `run.optimizer` afterwards.
-    - A CUDA graph skips the hooks of a network. `cuda_graph=False` turns it off.
+    The Splits are of uint8 images (N, 3, 32, 32), or of what your own `model` takes.
+    `choose_device` and `choose_precision` say what "auto" is. `Run` says what `model`,
+    `loss`, `augment` and `cuda_graph` can be. A seed gives the same initial weights on
+    every device; dropout in a network of your own follows `torch.manual_seed`.
+    Raise ValueError for what cannot be trained.
     """
     check_split("training", training, num_classes)
     check_split("test", test, num_classes)
@@ -769,13 +771,9 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     model.to(device, memory_format=memory_format(device))
 
     started = time.perf_counter()
-    std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
-    training = prepare_images(training, mean, std, device, dtype, recipe.padding,
-                              recipe.padding_mode)
-    test = prepare_images(test, mean, std, device, dtype)
+    mean, std, training, test = prepare_data(recipe, training, test, device, dtype)
     if is_built_in and recipe.initialization == "identity":
         whiten_patches(model, training.images[:1000])
-    test.images[-1].sum().item()  # reading a value waits for a GPU: the seconds are right
     seconds = time.perf_counter() - started
     return Run(
         recipe=recipe, seed=int(seed), device=device, precision=precision,
@@ -785,6 +783,16 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
         loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
         preparation_seconds=seconds, seconds=seconds)
+
+
+def prepare_data(recipe, training, test, device, dtype):
+    """Return mean and deviation (3,) of the training images, and both Splits, prepared."""
+    std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
+    training = prepare_images(training, mean, std, device, dtype, recipe.padding,
+                              recipe.padding_mode)
+    test = prepare_images(test, mean, std, device, dtype)
+    test.images[-1].sum().item()  # reading a value waits for a GPU: the seconds are right
+    return mean, std, training, test
 
 
 def check_sizes(recipe, training, test, is_built_in):
