@@ -2604,6 +2604,12 @@ def test_a_hundred_classes_train_and_their_weights_are_saved_and_loaded(tmp_path
     assert model(train.normalize_images(split.images, mean, std)).shape == (8, 100)
 
 
+def test_names_of_classes_from_numpy_are_loaded_again(tmp_path):
+    names = np.array(list("abcdefghij"))
+    train.save_weights(tmp_path / "weights.pt", small_run(), names)
+    assert train.load_weights(tmp_path / "weights.pt")[3] == list("abcdefghij")
+
+
 # ---- A run and what it writes -----------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -2864,6 +2870,11 @@ def test_several_seeds_end_with_mean_and_spread_of_their_accuracies(
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"3 runs   mean {np.mean(values):.2%}, standard deviation {deviation:.2%}, "
         f"standard error {deviation / 3 ** 0.5:.2%}, 2 at 94% or more")
+
+
+def test_several_seeds_far_from_94_percent_do_not_speak_of_it(capsys):
+    train.print_runs([0.5, 0.6])
+    assert "94%" not in capsys.readouterr().out
 
 
 def test_several_seeds_without_epochs_have_no_mean(quick_workplace, capsys):

@@ -1376,8 +1376,13 @@ def check_writable(path):
 
 def save_weights(path, run, classes):
     """Write a ResNet's weights and all else that is needed to classify images."""
-    content = {"recipe": dataclasses.asdict(run.recipe), "classes": classes,
-               "weights": run.averaged.state_dict(), "mean": run.mean, "std": run.std}
+    content = {
+        "recipe": dataclasses.asdict(run.recipe),
+        "classes": [str(name) for name in classes],  # NumPy's would not be loaded again
+        "weights": run.averaged.state_dict(),
+        "mean": run.mean,
+        "std": run.std,
+    }
     write_file(path, lambda file: torch.save(content, file))
 
 
@@ -1706,11 +1711,14 @@ def print_runs(accuracies):
     """Print mean and spread of several runs' accuracies."""
     count = len(accuracies)
     deviation = statistics.stdev(accuracies)
-    highest_goal = max(GOALS)
-    reached = sum(accuracy >= highest_goal for accuracy in accuracies)
-    print(f"{count} runs   mean {statistics.fmean(accuracies):.2%}, standard deviation "
-          f"{deviation:.2%}, standard error {deviation / math.sqrt(count):.2%}, "
-          f"{reached} at {highest_goal:.0%} or more")
+    text = (f"{count} runs   mean {statistics.fmean(accuracies):.2%}, "
+            f"standard deviation {deviation:.2%}, "
+            f"standard error {deviation / math.sqrt(count):.2%}")
+    goal = max(GOALS)
+    reached = sum(accuracy >= goal for accuracy in accuracies)
+    if reached:
+        text += f", {reached} at {goal:.0%} or more"
+    print(text)
 
 
 # ---- Figures: next to the report, if matplotlib is installed --------------------------
