@@ -220,10 +220,11 @@ def download_cifar10(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
         # A second run waits here until the first one has the data.
         with FileLock(data_dir / "cifar-10.lock"), socket_timeout(30):
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # unless the first one has brought it
                 return read_cifar10(data_dir)
             if not is_whole_archive(archive):
-                print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}")
+                print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}",
+                      flush=True)
             download_and_extract_archive(CIFAR10.url, str(data_dir), filename=archive.name,
                                          md5=CIFAR10.tgz_md5)
             return read_cifar10(data_dir)
@@ -268,16 +269,21 @@ def normalize_images(images, mean, std):
     """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
-    mean = mean.to(images.device).view(1, -1, 1, 1)
-    std = std.to(images.device).view(1, -1, 1, 1)
+    mean = for_channels(mean, images)
+    std = for_channels(std, images)
     return (images.float() / 255 - mean) / std
 
 
 def restore_images(images, mean, std):
     """Return normalized images (N, C, H, W) as uint8: `normalize_images`, undone."""
-    mean = mean.to(images.device).view(1, -1, 1, 1)
-    std = std.to(images.device).view(1, -1, 1, 1)
+    mean = for_channels(mean, images)
+    std = for_channels(std, images)
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def for_channels(values, images):
+    """Return one value for each channel (C,) in a shape that fits images (N, C, H, W)."""
+    return values.to(images.device).view(1, -1, 1, 1)
 
 
 def memory_format(device):
@@ -1016,11 +1022,13 @@ def find_rates(run, on_step=None):
 def record_sweep(run, steps, window, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
-    Stop when training has clearly diverged; larger rates would only cost time.
+    The sweep stops when the mean loss of the last `window` steps is 1.5 times the lowest
+    such mean. Then training has clearly diverged, and larger rates would only cost time.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = [SWEEP_LOWEST * growth ** (step / (steps - 1)) for step in range(steps)]
     losses = []
+    lowest = math.inf
     for lr, (images, labels) in zip(lrs, sweep_batches(run)):
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
         if not math.isfinite(loss.item()):
@@ -1028,8 +1036,11 @@ def record_sweep(run, steps, window, on_step):
         losses.append(loss.item())
         if on_step:
             on_step(len(losses), steps, lr, loss)
-        if has_diverged(losses, window):
-            break
+        if len(losses) >= window:
+            recent = statistics.fmean(losses[-window:])
+            lowest = min(lowest, recent)
+            if recent > 1.5 * lowest:
+                break
     return lrs[:len(losses)], losses
 
 
@@ -1037,13 +1048,6 @@ def sweep_batches(run):
     """Yield augmented batches, epoch after epoch, without an end."""
     for epoch in itertools.count(SWEEP_EPOCH):
         yield from augmented_batches(run, epoch)
-
-
-def has_diverged(losses, window):
-    """Tell whether the mean of the last `window` losses is 1.5 times the lowest one."""
-    means = [statistics.fmean(losses[end - window:end])
-             for end in range(window, len(losses) + 1)]
-    return bool(means) and means[-1] > 1.5 * min(means)
 
 
 def smooth_losses(losses, steps_per_decade):
@@ -1108,10 +1112,9 @@ def evaluate_run(run, tta=False):
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
-    This is a generator: loop over it. It continues after the last epoch that was
-    completed.
-    `on_step(step, steps, learning rate, loss)` is called after each step; reading the
-    loss, a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
+    This is a generator: loop over it. It continues after the last epoch that was completed.
+    `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
+    a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
     if not 0 < rates.lr_min <= rates.lr_max:
         raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
@@ -1309,10 +1312,9 @@ def without_ending(path):
 
 def default_output(checkpoint):
     """Return the report's file: next to the checkpoint, or a new one in results/."""
-    name = f"results/{datetime.now():%Y%m%d-%H%M%S-%f}"
     if checkpoint is not None:
-        name = without_ending(checkpoint)
-    return f"{name}.json"
+        return f"{without_ending(checkpoint)}.json"
+    return f"results/{datetime.now():%Y%m%d-%H%M%S-%f}.json"
 
 
 def check_files_differ(options):
@@ -1863,10 +1865,8 @@ def load_data(options):
     folder = Path(options.data_dir).expanduser()
     if folder.name == CIFAR10.base_folder:
         folder = folder.parent
-    has_files = (folder / CIFAR10.base_folder).exists()
-    has_archive = is_whole_archive(folder / CIFAR10.filename)
     count = options.subset or TRAIN_IMAGES
-    if count <= 2000 and SAMPLE.exists() and not has_files and not has_archive:
+    if count <= 2000 and SAMPLE.exists() and not has_cifar10(folder):
         print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
         training, test, classes = load_sample()
     else:
@@ -1877,6 +1877,13 @@ def load_data(options):
         test = take_images(training, slice(-options.holdout, None))
         training = take_images(training, slice(-options.holdout))
     return training, test, classes
+
+
+def has_cifar10(folder):
+    """Tell whether a folder has CIFAR-10, or the whole archive of it."""
+    if (folder / CIFAR10.base_folder).exists():
+        return True
+    return is_whole_archive(folder / CIFAR10.filename)
 
 
 def take_images(split, chosen):
