@@ -107,7 +107,7 @@ class Recipe:
     """
     epochs: int = recipe_field(24, (0, MAX_EPOCHS), "passes over the training images")
     batch_size: int = recipe_field(
-        512, (2, 50_000), "images in a step; fewer with --subset")
+        0, (0, 50_000), "images in a step; 0: 512, or fewer for few images")
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for most convolutions, Adam for the rest")
     peak_fraction: float = recipe_field(
@@ -152,6 +152,8 @@ class Recipe:
             # `kind` turns NumPy's numbers into Python's. The class is frozen, so a plain
             # assignment would fail.
             object.__setattr__(self, field.name, kind(value))
+        if self.batch_size == 1:
+            raise ValueError("batch_size must be 0 or at least 2, got 1")
         if self.optimizer == "muon" and self.l2 > 0:
             raise ValueError("l2 must be 0 with optimizer muon, which has no L2 term")
 
@@ -165,6 +167,17 @@ RECIPES = {
                     logit_scale=1, initialization="pytorch", padding_mode="constant",
                     flips="random"),
 }
+
+
+def choose_batch_size(recipe, image_count):
+    """Return the recipe for so many training images: with a batch size, if it had none.
+
+    Few images get smaller batches. Else an epoch would have few steps and teach little.
+    """
+    if recipe.batch_size:
+        return recipe
+    batch_size = min(512, max(16, image_count // 32))
+    return dataclasses.replace(recipe, batch_size=batch_size)
 
 
 class UserError(RuntimeError):
@@ -271,7 +284,8 @@ def normalize_images(images, mean, std):
         raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
     mean = for_channels(mean, images)
     std = for_channels(std, images)
-    return (images.float() / 255 - mean) / std
+    # In place, because a whole data set may need a large part of the memory.
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def restore_images(images, mean, std):
@@ -656,7 +670,11 @@ class Run:
         is_full_batch = len(images) == self.recipe.batch_size
         network = self.graph if self.graph is not None and is_full_batch else self.model
         with self.autocast():
-            return network(images).float()
+            logits = network(images)
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError("the network must return the logits (B, classes) alone, "
+                             f"got a {type(logits).__name__}")
+        return logits.float()
 
     def state(self):
         """Return a copy of all that training changes, and of what it belongs to."""
@@ -764,8 +782,11 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     every device; dropout in a network of your own follows `torch.manual_seed`.
     Raise ValueError for what cannot be trained.
     """
+    training = Split(*training)
+    test = Split(*test)
     check_split("training", training, num_classes)
     check_split("test", test, num_classes)
+    recipe = choose_batch_size(recipe, len(training.labels))
     is_built_in = model is None
     check_sizes(recipe, training, test, is_built_in)
     device = choose_device(device)
@@ -774,7 +795,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     # cuDNN's search for fast kernels takes time. In bf16, `capture_graph` alone does it.
     torch.backends.cudnn.benchmark = precision != "bf16"
     model = make_model(recipe, model, num_classes, seed)
-    model.to(device, memory_format=memory_format(device))
+    model.to(device, torch.float32, memory_format=memory_format(device))
 
     started = time.perf_counter()
     mean, std, training, test = prepare_data(recipe, training, test, device, dtype)
@@ -793,7 +814,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
 def prepare_data(recipe, training, test, device, dtype):
     """Return mean and deviation (3,) of the training images, and both Splits, prepared."""
-    std, mean = torch.std_mean(training.images.float() / 255, dim=(0, 2, 3), correction=0)
+    std, mean = torch.std_mean(training.images.float().div_(255), dim=(0, 2, 3),
+                               correction=0)
     training = prepare_images(training, mean, std, device, dtype, recipe.padding,
                               recipe.padding_mode)
     test = prepare_images(test, mean, std, device, dtype)
@@ -842,10 +864,19 @@ def begin_training(run):
 
 
 def check_parameters(run):
-    """Raise ValueError unless the optimizer holds all parameters that are to be trained."""
-    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    """Raise ValueError unless the optimizer holds all parameters that are to be trained.
+
+    Warn if some parameters are frozen.
+    """
+    parameters = list(run.model.parameters())
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise ValueError("all parameters are frozen. Call model.requires_grad_(True)")
+    if len(trainable) < len(parameters):
+        trained_count = sum(parameter.numel() for parameter in trainable)
+        count = sum(parameter.numel() for parameter in parameters)
+        warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
+                      "the others are frozen", stacklevel=3)
     optimizer_ids = set()
     for group in run.optimizer.param_groups:
         optimizer_ids.update(id(parameter) for parameter in group["params"])
@@ -947,6 +978,7 @@ class Rates(NamedTuple):
     lr_min: float
     lr_max: float
     sweep: dict | None = None  # the record of the sweep that found them, see `find_rates`
+    note: str | None = None  # why they are uncertain
 
 
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
@@ -991,23 +1023,27 @@ def weight_decay(recipe, lr_max, steps_per_epoch):
 
 LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
-SWEEP_HIGHEST = 1.0  # and of the last one
+SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
+SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
 SWEEP_RISE = 1.03  # the loss has risen where it is above this times its minimum
+SWEEP_FALL = 0.9  # and has fallen after this part of its fall
 
 
 def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
-    Return Rates, whose `sweep` has the lists `lr`, `loss` and `smoothed_loss`.
+    Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If the
+    sweep does not tell LRMAX well, their `note` says why, and this is a warning, too.
     Afterwards the run is as before. `on_step(step, steps, learning rate, loss)` is
     called after each step. Raise UserError if the loss never falls. (L. Smith,
     arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
-    # 200 steps, but at least one epoch and at most two. Fewer than 8 would be too coarse.
-    steps = max(epoch_steps, min(200, 2 * epoch_steps), 8)
+    # 200 steps, but at least one epoch and at most two. Fewer than 120, 20 for each factor of
+    # 10, would be too coarse: the loss rises some steps after the rate became too high.
+    steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
-    half_decade = max(1, round(steps_per_decade / 2))
+    half_decade = round(steps_per_decade / 2)
     before = run.state()
     begin_training(run)
     try:
@@ -1015,8 +1051,12 @@ def find_rates(run, on_step=None):
     finally:
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    lr_min, lr_max = read_sweep(lrs, smoothed)
-    return Rates(lr_min, lr_max, {"lr": lrs, "loss": losses, "smoothed_loss": smoothed})
+    lr_min, lr_max = read_sweep(lrs, smoothed, run.recipe.epochs * epoch_steps)
+    note = doubt_sweep(smoothed)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    sweep = {"lr": lrs, "loss": losses, "smoothed_loss": smoothed}
+    return Rates(lr_min, lr_max, sweep, note)
 
 
 def record_sweep(run, steps, window, on_step):
@@ -1024,24 +1064,32 @@ def record_sweep(run, steps, window, on_step):
 
     The sweep stops when the mean loss of the last `window` steps is 1.5 times the lowest
     such mean. Then training has clearly diverged, and larger rates would only cost time.
+    It stops after `steps`, too, or some steps later if the loss has not risen by then.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
-    lrs = [SWEEP_LOWEST * growth ** (step / (steps - 1)) for step in range(steps)]
+    lrs = []
     losses = []
     lowest = math.inf
-    for lr, (images, labels) in zip(lrs, sweep_batches(run)):
+    for step, (images, labels) in enumerate(sweep_batches(run)):
+        lr = SWEEP_LOWEST * growth ** (step / (steps - 1))
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
         if not math.isfinite(loss.item()):
             break
+        lrs.append(lr)
         losses.append(loss.item())
         if on_step:
-            on_step(len(losses), steps, lr, loss)
-        if len(losses) >= window:
-            recent = statistics.fmean(losses[-window:])
-            lowest = min(lowest, recent)
-            if recent > 1.5 * lowest:
-                break
-    return lrs[:len(losses)], losses
+            on_step(step + 1, max(step + 1, steps), lr, loss)
+        if len(losses) < window:
+            continue
+        recent = statistics.fmean(losses[-window:])
+        lowest = min(lowest, recent)
+        has_diverged = recent > 1.5 * lowest
+        has_risen = recent > SWEEP_RISE * lowest
+        steps_beyond = step + 1 - steps
+        may_end = steps_beyond >= 0 and steps_beyond % (2 * window) == 0
+        if has_diverged or may_end and (has_risen or lr >= SWEEP_LIMIT):
+            break
+    return lrs, losses
 
 
 def sweep_batches(run):
@@ -1059,23 +1107,54 @@ def smooth_losses(losses, steps_per_decade):
     return losses
 
 
-def read_sweep(lrs, smoothed):
-    """Return LRMIN and LRMAX. Raise UserError if the loss never falls.
+def sweep_edges(smoothed):
+    """Return the steps between which a sweep's smoothed loss is low: the first and the last.
 
-    From the minimum of the smoothed loss on, find the last learning rate before the loss
-    is more than 3% above that minimum. LRMAX is twice that rate, because smoothing makes
-    the rise appear too early. Everything after the first rise is ignored.
+    At the first one, the loss has fallen by 90% of its fall. After the last one, it is more
+    than 3% above its minimum. Raise UserError if it never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself, to train without a sweep: --lr-max 0.05 is a "
                         "good start.")
+    fall = smoothed[0] - smoothed[lowest]
+    first = lowest
+    while smoothed[first - 1] <= smoothed[0] - SWEEP_FALL * fall:
+        first -= 1
     last = lowest
-    while last + 1 < len(lrs) and smoothed[last + 1] <= SWEEP_RISE * smoothed[lowest]:
+    while last + 1 < len(smoothed) and smoothed[last + 1] <= SWEEP_RISE * smoothed[lowest]:
         last += 1
+    return first, last
+
+
+def read_sweep(lrs, smoothed, training_steps):
+    """Return LRMIN and LRMAX for a run of so many steps (0: not known).
+
+    LRMAX is twice the last rate before the smoothed loss rises, because smoothing makes the
+    rise appear too early. It is at most 1.25 x sqrt(training steps) times the first rate with
+    most of the fall: a short training cannot recover from high rates. `sweep_edges` says which
+    rates these are. Everything after the first rise is ignored.
+    """
+    first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
+    if training_steps:
+        lr_max = min(lr_max, 1.25 * math.sqrt(training_steps) * lrs[first])
     return lr_max / LR_RATIO, lr_max
+
+
+def doubt_sweep(smoothed):
+    """Return why a sweep does not tell LRMAX well, and what to try, or None if it does."""
+    _, last = sweep_edges(smoothed)
+    advice = "Try half and a quarter of this LRMAX, too"
+    if last + 1 == len(smoothed):
+        return f"the loss of the sweep never rose, so LRMAX is uncertain. {advice}"
+    fall = smoothed[0] - min(smoothed)
+    rise = (SWEEP_RISE - 1) * min(smoothed)
+    if fall < 2 * rise:
+        return (f"the loss of the sweep fell by only {fall / smoothed[0]:.1%}, so LRMAX is "
+                f"uncertain. {advice}")
+    return None
 
 
 # ---- Evaluation and training ----------------------------------------------------------
@@ -1116,6 +1195,7 @@ def train_epochs(run, rates, on_step=None):
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
     a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
+    rates = Rates(*rates)
     if not 0 < rates.lr_min <= rates.lr_max:
         raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
                          f"which is {rates.lr_max:.3g}")
@@ -1245,7 +1325,7 @@ def parse_arguments(argv=None):
     """Return the recipe and the other options. Invalid ones end the process with code 2."""
     if argv is None:
         argv = sys.argv[1:]
-    argv = [str(argument) for argument in argv]
+    argv = [with_dashes(str(argument)) for argument in argv]
     parser = make_parser()
     options = parser.parse_args(argv)
     options.command = shlex.join(["train.py", *argv])
@@ -1259,6 +1339,14 @@ def parse_arguments(argv=None):
     except ValueError as error:
         parser.error(str(error))
     return recipe, options
+
+
+def with_dashes(argument):
+    """Return an argument; if it is an option, with dashes: --batch-size for --batch_size."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def check_options(options):
@@ -1291,18 +1379,10 @@ def take_recipe(options):
             overrides[field.name] = value
             delattr(options, field.name)
     image_count = (options.subset or TRAIN_IMAGES) - options.holdout
-    usual = usual_batch_size(recipe.batch_size, image_count)
-    batch_size = overrides.setdefault("batch_size", usual)
-    check_value(option_name("batch_size"), batch_size, int, (2, image_count))
-    return dataclasses.replace(recipe, **overrides)
-
-
-def usual_batch_size(largest, image_count):
-    """Return the batch size for a number of images. Few images get smaller batches.
-
-    Without that, an epoch would have few steps and teach little.
-    """
-    return min(largest, max(16, image_count // 32), image_count)
+    if overrides.get("batch_size"):
+        check_value(option_name("batch_size"), overrides["batch_size"], int, (2, image_count))
+    recipe = dataclasses.replace(recipe, **overrides)
+    return choose_batch_size(recipe, image_count)
 
 
 def without_ending(path):
@@ -1485,6 +1565,7 @@ def describe_rates(run, rates, options):
         "weight_decay": weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch),
         "lr_min": rates.lr_min,
         "lr_min_from": "given" if options.lr_min else "lr_max",
+        "note": rates.note,
     }
 
 
@@ -1652,15 +1733,17 @@ def print_heading(report):
     options = report["config"]["options"]
     data = report["data"]
     environment = report["environment"]
-    recipe = [options["recipe"]]
-    for name, value in report["config"]["recipe"].items():
-        if value != getattr(RECIPES[options["recipe"]], name):
-            recipe.append(f"{name} {value}")
-    print(f"recipe   {', '.join(recipe)}\n"
+    constants = report["config"]["recipe"]
+    changes = [options["recipe"]]
+    for name, value in constants.items():
+        if name != "batch_size" and value != getattr(RECIPES[options["recipe"]], name):
+            changes.append(f"{name} {value}")
+    print(f"recipe   {', '.join(changes)}\n"
           f"network  {report['parameters']:,} parameters, seed {options['seed']}\n"
           f"device   {environment['device']} ({environment['device_name']}), "
           f"{environment['precision']}, PyTorch {environment['torch']}\n"
-          f"data     {data['train_images']:,} training images, "
+          f"data     {data['train_images']:,} training images in batches of "
+          f"{constants['batch_size']}, "
           f"{data['test_images']:,} {data['evaluated_on']}\n"
           f"report   {options['output']}")
 
@@ -1687,6 +1770,8 @@ def print_rates(report):
         peak = f" at epoch {peak_epoch:.3g} of {recipe['epochs']}"
     print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
           f"weight decay {rates['weight_decay']:.3g}")
+    if rates.get("note"):
+        print(f"note     {rates['note']}")
     if recipe["epochs"]:
         print(TABLE_HEADING)
     for row in report["epochs"]:
@@ -1725,7 +1810,7 @@ def print_runs(accuracies):
 
 # ---- Figures: next to the report, if matplotlib is installed --------------------------
 
-FIGURES = ("sweep", "curves", "misclassified", "augmented")
+FIGURES = ("sweep", "curves", "confusion", "misclassified", "augmented")
 
 
 def figure_path(output, name):
@@ -1743,14 +1828,13 @@ def plot_sweep(figure, report):
     axes.semilogx(lrs, report["lr_sweep"]["loss"], ".-", color="tab:blue", alpha=0.3,
                   label="loss of a step")
     axes.semilogx(lrs, smoothed, color="tab:blue", label="smoothed")
-    axes.axhline(SWEEP_RISE * min(smoothed), color="gray", linestyle=":",
-                 label=f"{SWEEP_RISE - 1:.0%} above the lowest smoothed loss")
     axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.3g}")
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.3g}")
-    if lr_max < lrs[-1]:
-        last_low = lr_max / 2  # by the rule of `read_sweep`
-        axes.plot(last_low, np.interp(last_low, lrs, smoothed), "o", color="tab:red",
-                  label="last rate before the rise: LRMAX / 2")
+    first, last = sweep_edges(smoothed)
+    axes.plot(lrs[first], smoothed[first], "s", color="tab:red",
+              label=f"{SWEEP_FALL:.0%} of the fall")
+    axes.plot(lrs[last], smoothed[last], "o", color="tab:red",
+              label=f"last rate within {SWEEP_RISE - 1:.0%} of the lowest loss")
     # The loss after divergence would flatten the rest.
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * smoothed[0]))
     axes.set_title("Learning-rate range sweep")
@@ -1815,6 +1899,27 @@ def plot_images(figure, run, images, captions, columns, title):
         axes.set_title(caption, fontsize=8)
 
 
+def plot_confusion(figure, run, report, classes):
+    """Draw which share of each class, in percent, is taken for which class."""
+    labels = run.test.labels
+    predicted = predict_logits(run, run.test.images).argmax(1)
+    count = len(classes)
+    counts = torch.bincount(labels * count + predicted, minlength=count ** 2)
+    counts = counts.reshape(count, count).cpu()
+    percentages = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    axes = figure.subplots()
+    axes.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
+    for row, column in itertools.product(range(count), repeat=2):
+        value = round(percentages[row, column].item(), 1)
+        color = "white" if value > 50 else "black"
+        axes.text(column, row, f"{value:g}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(count), classes, rotation=45, ha="right")
+    axes.set_yticks(range(count), classes)
+    axes.set(xlabel="taken for", ylabel="class")
+    axes.set_title(f"Accuracy of each class, and confusions, in percent of its "
+                   f"{report['data']['evaluated_on']}")
+
+
 def plot_misclassified(figure, run, report, classes):
     """Draw the first ten images that the run classifies wrongly, if there are any."""
     labels = run.test.labels
@@ -1834,28 +1939,46 @@ def plot_augmented(figure, run, classes):
     plot_images(figure, run, images[:32], captions, 8, "Training images after augmentation")
 
 
-def save_figures(run, report, classes):
-    """Write the figures next to the report, and show them in a notebook."""
+def save_figure(report, name, size, plot, *content):
+    """Let `plot` draw a figure; write it next to the report, and show it in a notebook."""
     from matplotlib.figure import Figure
+    figure = Figure(size, dpi=120, layout="constrained")
+    plot(figure, *content)
+    if not figure.axes:  # there is nothing to show
+        return
+    path = figure_path(report["config"]["options"]["output"], name)
+    write_file(path, figure.savefig)
+    print(f"figure   {path}")
+    if IN_NOTEBOOK:
+        from IPython.display import Image, display
+        display(Image(filename=str(path)))
 
-    def save_figure(name, size, plot, *content):
-        figure = Figure(size, dpi=120, layout="constrained")
-        plot(figure, *content)
-        if not figure.axes:  # there is nothing to show
-            return
-        path = figure_path(report["config"]["options"]["output"], name)
-        write_file(path, figure.savefig)
-        print(f"figure   {path}")
-        if IN_NOTEBOOK:
-            from IPython.display import Image, display
-            display(Image(filename=str(path)))
 
+def save_curves(report):
+    """Write the figures that need the report alone."""
     if report["lr_sweep"]:
-        save_figure("sweep", (7, 4.5), plot_sweep, report)
+        save_figure(report, "sweep", (7, 4.5), plot_sweep, report)
     if report["epochs"]:
-        save_figure("curves", (13, 4.2), plot_curves, report)
-        save_figure("misclassified", (9, 5), plot_misclassified, run, report, classes)
-    save_figure("augmented", (9, 5.8), plot_augmented, run, classes)
+        save_figure(report, "curves", (13, 4.2), plot_curves, report)
+
+
+def save_figures(report, run, classes):
+    """Write all figures."""
+    save_curves(report)
+    if report["epochs"]:
+        save_figure(report, "confusion", (7, 7), plot_confusion, run, report, classes)
+        save_figure(report, "misclassified", (9, 5), plot_misclassified, run, report, classes)
+    save_figure(report, "augmented", (9, 5.8), plot_augmented, run, classes)
+
+
+def try_to_draw(draw, *content):
+    """Call `draw`. If it fails, print why there are no figures: the run is not lost."""
+    try:
+        draw(*content)
+    except ImportError as error:
+        print(f"figures  none: {error} (pip install matplotlib?)")
+    except Exception as error:
+        print(f"figures  none: {error}")
 
 
 # ---- Running --------------------------------------------------------------------------
@@ -1897,7 +2020,9 @@ def choose_rates(run, options):
         rates = Rates(options.lr_max / LR_RATIO, options.lr_max)
     else:
         print("sweep    finds the learning rates")
-        rates = find_rates(run, show_progress(run, sweeping=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `print_rates` shows the sweep's note
+            rates = find_rates(run, show_progress(run, sweeping=True))
     if options.lr_min:
         rates = rates._replace(lr_min=options.lr_min)
     if rates.lr_min > rates.lr_max:
@@ -1932,6 +2057,8 @@ def train_once(recipe, options, data):
             recorder.save_report()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print_interruption(options)
+            if options.figures:
+                try_to_draw(save_curves, recorder.report)
         raise
     finish_run(recorder, classes)
     return recorder.report
@@ -1984,7 +2111,7 @@ def finish_run(recorder, classes):
     if failures:
         raise UserError("\n".join(str(failure) for failure in failures))
     if options.figures:
-        draw_figures(recorder, classes)
+        try_to_draw(save_figures, recorder.report, recorder.run, classes)
 
 
 def print_interruption(options):
@@ -1994,16 +2121,6 @@ def print_interruption(options):
         print(f"         the same command continues from {options.checkpoint}")
     else:
         print("         it cannot be continued; a run with --checkpoint FILE could be")
-
-
-def draw_figures(recorder, classes):
-    """Draw the figures, or print why there are none: the run is complete in any case."""
-    try:
-        save_figures(recorder.run, recorder.report, classes)
-    except ImportError as error:
-        print(f"figures  none: {error} (pip install matplotlib?)")
-    except Exception as error:
-        print(f"figures  none: {error}")
 
 
 def main(argv=None):

@@ -4,27 +4,33 @@
 
 A case is trained on a few images of CIFAR-10 at six fixed learning rates. Its record,
 results/finder/CASE.json, has the accuracies and the sweeps of several seeds. So a rule is
-judged afterwards, without training.
+judged afterwards, without training: add yours to RULES in rules.py. `tables.py` makes the
+table of all rules and cases.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
+import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import rules  # noqa: E402
 import train  # noqa: E402
 
 RATIOS = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4)  # the rates of a case, as multiples of its `rate`
-SEEDS = (0, 1)  # of the training runs
-SWEEP_SEEDS = (0, 1, 2, 3)
+SWEEP_SEEDS = (0, 1, 2)
 HELD_OUT = 2_000  # training images that are set aside, to measure accuracy
 
 
@@ -68,27 +74,30 @@ class Case:
     recipe: train.Recipe = train.Recipe()
     model: Callable | None = None  # None: the built-in network
     optimizer: Callable | None = None  # None: the recipe's
+    seeds: tuple = (0, 1)  # of the training runs
 
 
 AdamW = torch.optim.AdamW  # with PyTorch's epsilon, 1e-8
-MUON = train.Recipe(optimizer="muon")
-PLAIN = train.RECIPES["plain"]  # its Adam has the epsilon 1e-8, too
-CASES = {
-    "recipe": Case(rate=0.06, epochs=3),
-    "adamw": Case(rate=0.008, images=1_500, epochs=3, optimizer=AdamW),
+CHOSEN_ON = {  # the rule of train.py was chosen with these cases
     "narrow": Case(rate=0.06, model=narrow_resnet),
-    "narrow-512": Case(rate=0.06, images=10_000, batch_size=512, model=narrow_resnet),
     "narrow-adamw": Case(rate=0.016, model=narrow_resnet, optimizer=AdamW),
-    "narrow-adamw-128": Case(rate=0.016, images=10_000, batch_size=128, epochs=3,
-                             model=narrow_resnet, optimizer=AdamW),
-    "narrow-plain": Case(rate=0.016, recipe=PLAIN, model=narrow_resnet),
-    "narrow-muon": Case(rate=0.04, recipe=MUON, model=narrow_resnet),
+    "narrow-plain": Case(rate=0.016, model=narrow_resnet, recipe=train.RECIPES["plain"]),
+    "narrow-muon": Case(rate=0.04, model=narrow_resnet,
+                        recipe=train.Recipe(optimizer="muon")),
     "narrow-nesterov": Case(rate=0.05, model=narrow_resnet, optimizer=nesterov),
     "narrow-sgd": Case(rate=0.06, model=narrow_resnet, optimizer=plain_sgd),
+}
+HELD_BACK = {  # and then tried on these
+    "recipe": Case(rate=0.06, epochs=3, seeds=(0,)),  # a run of it takes minutes
+    "narrow-adamw-128": Case(rate=0.016, images=10_000, batch_size=128, epochs=3,
+                             model=narrow_resnet, optimizer=AdamW),
     "vit": Case(rate=0.004, images=2_500, model=small_vit, optimizer=AdamW),
     "resnet18": Case(rate=0.05, images=2_500, model=resnet18, optimizer=nesterov),
 }
+CASES = {**CHOSEN_ON, **HELD_BACK}
 
+
+# ---- Measuring a case --------------------------------------------------------------------
 
 def start(case, training, held_out, seed):
     """Return a Run of a case."""
@@ -108,10 +117,10 @@ def sweep(run):
         lrs.append(lr)
         losses.append(loss.item())
 
-    try:
+    # The rule of train.py may fail or doubt, but the sweep is there.
+    with contextlib.suppress(train.UserError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         train.find_rates(run, record)
-    except train.UserError:  # the rule of train.py found nothing; the sweep is there
-        pass
     return {"seed": run.seed, "lr": lrs, "loss": losses}
 
 
@@ -125,33 +134,123 @@ def final_accuracy(run, lr_max):
     return last["test_accuracy"]
 
 
-def measure(name, data_dir):
-    """Sweep and train a case, and write its record."""
+def record_path(name):
+    """Return the file of a case's record."""
+    return HERE / "finder" / f"{name}.json"
+
+
+def load_record(name):
+    return json.loads(record_path(name).read_text())
+
+
+def measure(name, data_dir, with_training=True):
+    """Write the record of a case: sweeps and, unless it keeps the earlier one's, trainings."""
     case = CASES[name]
     training, _, _ = train.load_cifar10(data_dir)
     held_out = train.take_images(training, slice(-HELD_OUT, None))
     training = train.take_images(training, slice(case.images))
-    sweeps = [sweep(start(case, training, held_out, seed)) for seed in SWEEP_SEEDS]
-    runs = []
-    for ratio in RATIOS:
-        for seed in SEEDS:
-            run = start(case, training, held_out, seed)
-            accuracy = final_accuracy(run, case.rate * ratio)
-            runs.append({"seed": seed, "lr_max": case.rate * ratio, "accuracy": accuracy})
-            print(name, runs[-1], flush=True)
-    record = {"environment": train.describe_environment(run), "sweeps": sweeps, "runs": runs}
-    path = HERE / "finder" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record = {} if with_training else load_record(name)
+    record["sweeps"] = []
+    for seed in SWEEP_SEEDS:
+        run = start(case, training, held_out, seed)
+        record["sweeps"].append(sweep(run))
+    record["environment_of_sweeps"] = train.describe_environment(run)
+    if with_training:
+        record["runs"] = []
+        for ratio in RATIOS:
+            for seed in case.seeds:
+                run = start(case, training, held_out, seed)
+                accuracy = final_accuracy(run, case.rate * ratio)
+                record["runs"].append(
+                    {"seed": seed, "lr_max": case.rate * ratio, "accuracy": accuracy})
+                print(name, record["runs"][-1], flush=True)
+        record["environment"] = train.describe_environment(run)
+    record_path(name).parent.mkdir(exist_ok=True)
+    record_path(name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+# ---- Judging the rules -------------------------------------------------------------------
+
+def mean_accuracies(record):
+    """Return the rates of a case, in rising order, and the mean accuracy at each."""
+    accuracies = {}
+    for run in record["runs"]:
+        accuracies.setdefault(run["lr_max"], []).append(run["accuracy"])
+    rates = sorted(accuracies)
+    return rates, [statistics.fmean(accuracies[rate]) for rate in rates]
+
+
+def picked_rates(name, rule):
+    """Return the LRMAX that a rule picks in each sweep of a case."""
+    case = CASES[name]
+    steps = case.epochs * math.ceil(case.images / case.batch_size)
+    return [rule(sweep["lr"], sweep["loss"], steps) for sweep in load_record(name)["sweeps"]]
+
+
+def regret(name, rule):
+    """Return how many points of accuracy a rule loses against the best rate of the case.
+
+    Between two rates, the accuracy is interpolated over the logarithm of the rate. Beyond
+    the lowest and the highest one, it is taken to be as there.
+    """
+    rates, accuracies = mean_accuracies(load_record(name))
+    picked = np.log(picked_rates(name, rule))
+    reached = np.interp(picked, np.log(rates), accuracies)
+    return 100 * (max(accuracies) - reached.mean())
+
+
+def table_rows():
+    """Return the rows of the table of regrets, lists of texts. The first has the headings."""
+    rows = [["case", "best rate", "LRMAX", *rules.RULES]]
+    for title, cases in (("where the rule was chosen", CHOSEN_ON), ("elsewhere", HELD_BACK)):
+        regrets = []
+        for name in cases:
+            rates, accuracies = mean_accuracies(load_record(name))
+            best = rates[int(np.argmax(accuracies))]
+            picked = picked_rates(name, rules.ours)
+            regrets.append([regret(name, rule) for rule in rules.RULES.values()])
+            rows.append([name, f"{best:.3g}", f"{min(picked):.2g} to {max(picked):.2g}",
+                         *(f"{value:.1f}" for value in regrets[-1])])
+        means = np.mean(regrets, axis=0)
+        worst = np.max(regrets, axis=0)
+        rows.append([f"mean, {title}", "", "", *(f"{value:.1f}" for value in means)])
+        rows.append([f"worst, {title}", "", "", *(f"{value:.1f}" for value in worst)])
+    return rows
+
+
+def draw(name):
+    """Draw the first sweep of a case and its accuracies, with what each rule picks."""
+    from matplotlib.figure import Figure
+    record = load_record(name)
+    first_sweep = record["sweeps"][0]
+    rates, accuracies = mean_accuracies(record)
+    figure = Figure((9, 4.2), dpi=120, layout="constrained")
+    figure.suptitle(f"Case {name}: what each rule picks from one sweep")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes.plot(first_sweep["lr"], first_sweep["loss"], color="gray")
+    loss_axes.set(xlabel="learning rate", ylabel="loss of the sweep", xscale="log")
+    accuracy_axes.plot(rates, accuracies, ".-", color="gray")
+    accuracy_axes.set(xlabel="LRMAX", ylabel="accuracy after training", xscale="log")
+    for number, (label, rule) in enumerate(rules.RULES.items()):
+        picked = picked_rates(name, rule)[0]
+        for axes in (loss_axes, accuracy_axes):
+            axes.axvline(picked, color=f"C{number}", label=label)
+    accuracy_axes.legend()
+    figure.savefig(record_path(name).with_suffix(".png"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
+    parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
+    parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
     parser.add_argument("--data-dir", default=HERE.parent / "data")
     options = parser.parse_args()
     for name in options.cases:
-        measure(name, options.data_dir)
+        if options.draw:
+            draw(name)
+        else:
+            measure(name, options.data_dir, with_training=not options.sweeps)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import finder  # noqa: E402
 import train  # noqa: E402
 
 FILES = [HERE.parent / "README.md", HERE / "README.md"]
@@ -23,6 +24,8 @@ FILES = [HERE.parent / "README.md", HERE / "README.md"]
 # What each table shows. TABLES has the parts of a table under its name:
 #
 #     "NAME": (heading, columns, rows)
+#
+# Only the table "finder" is not from reports; finder.py makes it.
 #
 # `rows` is a list of (label, pattern). The label is the text at the left end of a row;
 # `heading` is the heading above the labels. A " | " in them begins another column. The
@@ -268,6 +271,12 @@ def time_cell(row, key, unit=1):
     return span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
+def training_steps(report):
+    """Return the number of steps that a run trains for."""
+    recipe = report["config"]["recipe"]
+    return recipe["epochs"] * math.ceil(report["data"]["train_images"] / recipe["batch_size"])
+
+
 def found_rates(row):
     """Return the LRMAX that today's rule finds in the sweep of each report."""
     found = []
@@ -276,7 +285,7 @@ def found_rates(row):
         losses = report["lr_sweep"]["loss"]
         steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
         smoothed = train.smooth_losses(losses, steps_per_decade)
-        _, lr_max = train.read_sweep(lrs, smoothed)
+        _, lr_max = train.read_sweep(lrs, smoothed, training_steps(report))
         found.append(lr_max)
     return found
 
@@ -365,13 +374,14 @@ def make_table(heading, columns, declared_rows):
                 headings.append(column)
             for i, line in enumerate(lines):
                 line.append(make_cell(column, rows, i))
+    return join_table([headings, *lines])
+
+
+def join_table(rows):
+    """Return a Markdown table of rows, which are lists of cells; the first has the headings."""
+    headings, *lines = rows
     separator = ["---"] * len(headings)
-    return "".join(markdown_line(cells) for cells in [headings, separator, *lines])
-
-
-def markdown_line(cells):
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |\n"
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [headings, separator, *lines])
 
 
 def fill_tables(path):
@@ -379,8 +389,10 @@ def fill_tables(path):
     def fill(match):
         """Return the two comments of a table, with the new table between them."""
         begin, name, end = match.groups()
-        heading, columns, declared_rows = TABLES[name]
-        table = make_table(heading, columns, declared_rows)
+        if name == "finder":
+            table = join_table(finder.table_rows())
+        else:
+            table = make_table(*TABLES[name])
         if path.parent != HERE:
             table = table.replace("](", "](results/")  # the links to reports
         return begin + table + end

@@ -1,0 +1,88 @@
+"""Rules that read a learning rate off a sweep, for the comparison in finder.py.
+
+A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
+the number of steps of the training. It returns one learning rate, which becomes LRMAX. The rules of other libraries get the losses
+as these libraries would smooth and cut them.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
+
+
+def ours(lrs, losses, training_steps):
+    """Return what train.py finds; the start of the sweep if it finds nothing."""
+    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
+    smoothed = train.smooth_losses(losses, steps_per_decade)
+    try:
+        _, lr_max = train.read_sweep(lrs, smoothed, training_steps)
+    except train.UserError:
+        return lrs[0]
+    return lr_max
+
+
+def without_limit(lrs, losses, training_steps):
+    """Return what train.py finds for a very long training, which has no limit."""
+    return ours(lrs, losses, 0)
+
+
+def steepest(lrs, losses, training_steps):
+    """Return the rate where the loss falls fastest (pytorch-lr-finder 0.2)."""
+    smoothed = [losses[0]]
+    for loss in losses[1:]:
+        smoothed.append(0.05 * loss + 0.95 * smoothed[-1])
+    slopes = np.gradient(smoothed[10:-5])
+    return lrs[10:-5][slopes.argmin()]
+
+
+def fastai_losses(losses):
+    """Return losses as fastai's Recorder smooths them: an average without bias."""
+    smoothed = []
+    average = 0
+    for step, loss in enumerate(losses, start=1):
+        average = 0.98 * average + 0.02 * loss
+        smoothed.append(average / (1 - 0.98 ** step))
+    return smoothed
+
+
+def fastai_part(values):
+    """Return the part of a sweep that fastai looks at."""
+    return values[len(values) // 10:-5]
+
+
+def tenth_of_minimum(lrs, losses, training_steps):
+    """Return a tenth of the rate with the lowest loss (`minimum` of fastai 2)."""
+    losses = fastai_part(fastai_losses(losses))
+    return fastai_part(lrs)[int(np.argmin(losses))] / 10
+
+
+def valley(lrs, losses, training_steps):
+    """Return a rate half way down the longest fall of the loss (`valley` of fastai 2).
+
+    A fall is a series of steps, not always neighbors, of which each has a lower loss than
+    the one before.
+    """
+    losses = fastai_part(fastai_losses(losses))
+    lengths = []  # of the longest fall that ends at each step
+    for step, loss in enumerate(losses):
+        earlier = [lengths[i] for i in range(step) if losses[i] > loss]
+        lengths.append(1 + max(earlier, default=0))
+    end = int(np.argmax(lengths))
+    length = lengths[end]
+    third = length / 3
+    chosen = end - length + int(third) + int(third / 2)
+    return fastai_part(lrs)[chosen]
+
+
+RULES = {
+    "ours": ours,
+    "ours without limit": without_limit,
+    "steepest": steepest,
+    "minimum / 10": tenth_of_minimum,
+    "valley": valley,
+}
