@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import warnings
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ import train
 from results import tables
 from train import Recipe
 
+finder = tables.finder
+rules = finder.rules
 SCRIPT = Path(train.__file__).resolve()
 README = (SCRIPT.parent / "README.md").read_text()
 
@@ -851,6 +854,12 @@ def test_the_loss_has_fallen_where_it_is_below_a_tenth_of_its_fall():
     losses[2] = 1.21  # 1 + (3 - 1) / 10 is 1.2
     _, lr_max = train.read_sweep(SWEPT_RATES, losses, 100)
     assert lr_max == pytest.approx(12.5 * 1e-5)
+
+
+def test_after_a_small_fall_a_tenth_of_it_is_the_rise():
+    losses = [1.2, 1.19, 1.0, 1.015, 1.025, 1.1]  # a tenth of the fall is 0.02, 3% are 0.03
+    _, lr_max = train.read_sweep(SWEPT_RATES[:6], losses, 0)
+    assert lr_max == pytest.approx(2 * SWEPT_RATES[3])
 
 
 def test_after_the_first_rise_the_sweep_is_read_no_further():
@@ -2245,7 +2254,7 @@ def quick_workplace(workplace, monkeypatch):
 
 
 FOUND = train.Rates(0.0002, 0.06, {"lr": [0.01, 0.03, 1.0], "loss": [2.0, 1.0, 3.0],
-                                   "smoothed_loss": [2.0, 1.5, 2.0]}, "a note")
+                                   "smoothed_loss": [2.0, 1.5, 2.0]}, "A doubt. An advice")
 
 
 @pytest.fixture
@@ -3075,6 +3084,23 @@ def test_a_run_that_is_interrupted_draws_its_curves(quick_workplace, sweeps, mon
     assert pictures() == {"run-sweep.png", "run-curves.png"}
 
 
+def test_a_doubt_about_the_sweep_is_on_the_screen_and_in_the_report(
+        quick_workplace, sweeps, capsys):
+    report = quick_workplace.run("--epochs", 1)
+    assert report["rates"]["note"] == "A doubt. An advice"
+    assert "\nnote     A doubt.\n         An advice\n" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_on_the_screen_a_doubt_is_no_warning_too(quick_workplace, monkeypatch):
+    def find_rates(run, on_step):
+        warnings.warn("a doubt")
+        return FOUND
+
+    monkeypatch.setattr(train, "find_rates", find_rates)
+    assert quick_workplace.run("--epochs", 1)["summary"]["status"] == "complete"
+
+
 def test_a_run_removes_the_figures_of_an_earlier_one_and_no_others(quick_workplace):
     for name in ("sweep", "curves", "confusion", "misclassified", "augmented", "of-mine"):
         Path(f"run-{name}.png").write_text("")
@@ -3096,7 +3122,7 @@ def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them(
     assert ([0.01, 0.03, 1.0], [2.0, 1.5, 2.0]) in lines
     labels = [line.get_label() for line in axes.lines if list(line.get_xdata()) == [0.03]]
     # In this sweep of three steps, both are the same.
-    assert labels == ["90% of the fall", "last rate within 3% of the lowest loss"]
+    assert labels == ["90% of the fall", "last rate before the rise"]
     assert ([0.0002, 0.0002], [0, 1]) in lines
     assert ([0.06, 0.06], [0, 1]) in lines
     assert axes.get_xscale() == "log"
@@ -4207,8 +4233,10 @@ def shown_reports():
     """Return the reports in the tables that the two pages show, by their path."""
     text = "".join(path.read_text() for path in tables.FILES)
     reports = {}
-    for row in rows_of(re.findall("<!-- table: (.+?) -->", text)):
-        reports.update(row)
+    for name in re.findall("<!-- table: (.+?) -->", text):
+        if not name.startswith("finder"):  # those are not from reports
+            for row in rows_of([name]):
+                reports.update(row)
     return reports
 
 
@@ -4253,8 +4281,9 @@ def test_a_percentage_in_the_text_is_of_a_report_or_has_its_source(path):
 
 
 def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
-    paths = tables.HERE.glob("*/*.json")
-    assert set(shown_reports) == {path.relative_to(tables.HERE).as_posix() for path in paths}
+    paths = {path.relative_to(tables.HERE).as_posix()
+             for path in tables.HERE.glob("*/*.json") if path.parent.name != "finder"}
+    assert set(shown_reports) == paths
 
 
 def test_todays_rule_finds_the_rates_that_the_runs_used(shown_reports):
@@ -4385,3 +4414,96 @@ if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
 
 
+# A sweep of 60 steps: the loss rises a little for 20 of them, falls from 2 to 1 in 20, and
+# stays there.
+STEP_LRS = np.geomspace(1e-6, 1, 60).tolist()
+STEP_LOSSES = [*(2 + step / 1000 for step in range(20)),
+               *(2 - step / 20 for step in range(1, 21)), *[1.0] * 20]
+
+
+def test_the_steepest_slope_is_in_the_fall():
+    assert STEP_LRS[20] <= rules.steepest(STEP_LRS, STEP_LOSSES, 0) <= STEP_LRS[40]
+
+
+def test_a_tenth_of_the_minimum_is_read_from_the_smoothed_losses():
+    # fastai's average still falls after the loss does, so it is lowest at the last step
+    # that fastai looks at: the sixth from the end.
+    assert rules.tenth_of_minimum(STEP_LRS, STEP_LOSSES, 0) == STEP_LRS[54] / 10
+
+
+def test_the_valley_is_half_way_down_the_longest_fall():
+    # Of 60 steps, fastai looks at those from 6 to 54. The average falls from step 19 to 54:
+    # 36 steps. fastai takes the step 36 before the last one, plus 12, plus 6.
+    assert rules.valley(STEP_LRS, STEP_LOSSES, 0) == STEP_LRS[54 - 36 + 12 + 6]
+
+
+def test_our_rule_is_that_of_the_script_with_its_limit():
+    unlimited = rules.without_limit(STEP_LRS, STEP_LOSSES, 100)
+    assert unlimited == 1.0  # the loss never rises
+    limited = rules.ours(STEP_LRS, STEP_LOSSES, 1)
+    assert 1.25e-3 < limited < 1.25e-1  # 1.25 times a rate near the end of the fall
+
+
+def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
+    assert rules.ours([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 0) == 1e-6
+
+
+@pytest.fixture
+def finder_case(tmp_path, monkeypatch):
+    """Let the finder have one case, whose record has two runs at each of three rates."""
+    monkeypatch.setattr(finder, "HERE", tmp_path)
+    case = finder.Case(rate=0.01, images=100, batch_size=40, epochs=2)
+    monkeypatch.setattr(finder, "CASES", {"case": case})
+    accuracies = {0.001: (0.2, 0.4), 0.01: (0.6, 0.6), 0.1: (0.1, 0.3)}
+    runs = [{"seed": seed, "lr_max": rate, "accuracy": accuracy}
+            for rate, pair in accuracies.items() for seed, accuracy in enumerate(pair)]
+    sweeps = [{"seed": seed, "lr": [1e-3, 1e-2], "loss": [2.0, 1.0]} for seed in (0, 1)]
+    finder.record_path("case").parent.mkdir()
+    finder.record_path("case").write_text(json.dumps({"runs": runs, "sweeps": sweeps}))
+    return "case"
+
+
+@pytest.mark.parametrize("picked, lost", [
+    (0.01, 0), (0.001, 30), (0.1, 40), (10 ** -2.5, 15), (1e-6, 30), (10.0, 40)])
+def test_a_regret_is_the_accuracy_that_is_lost_against_the_best_rate(
+        finder_case, picked, lost):
+    regret = finder.regret(finder_case, lambda lrs, losses, steps: picked)
+    assert regret == pytest.approx(lost)
+
+
+def test_a_regret_is_the_mean_over_the_sweeps(finder_case):
+    picks = iter([0.01, 0.1])
+    regret = finder.regret(finder_case, lambda lrs, losses, steps: next(picks))
+    assert regret == pytest.approx(20)
+
+
+def test_a_rule_is_told_the_steps_of_the_training(finder_case):
+    told = []
+
+    def rule(lrs, losses, steps):
+        told.append((lrs, losses, steps))
+        return 0.01
+
+    finder.picked_rates(finder_case, rule)
+    assert told == [([1e-3, 1e-2], [2.0, 1.0], 6)] * 2  # two epochs of three steps
+
+
+@pytest.mark.parametrize("name", finder.CASES)
+def test_a_case_has_a_record_of_all_its_sweeps_and_runs(name):
+    record = finder.load_record(name)
+    case = finder.CASES[name]
+    assert [sweep["seed"] for sweep in record["sweeps"]] == list(finder.SWEEP_SEEDS)
+    expected = [(case.rate * ratio, seed) for ratio in finder.RATIOS for seed in case.seeds]
+    assert [(run["lr_max"], run["seed"]) for run in record["runs"]] == expected
+
+
+def test_a_case_can_be_swept_and_trained(finder_case, monkeypatch):
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    case = finder.Case(rate=0.01, images=50, batch_size=25, epochs=1, model=linear_classifier)
+    monkeypatch.setattr(finder, "CASES", {"case": case})
+    finder.measure("case", "data")
+    test_a_case_has_a_record_of_all_its_sweeps_and_runs("case")
+    measured = finder.load_record("case")
+    finder.measure("case", "data", with_training=False)
+    assert finder.load_record("case")["runs"] == measured["runs"]

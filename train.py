@@ -170,7 +170,7 @@ RECIPES = {
 
 
 def choose_batch_size(recipe, image_count):
-    """Return the recipe for so many training images: with a batch size, if it had none.
+    """Return the recipe with a batch size for so many training images, if it has none.
 
     Few images get smaller batches. Else an epoch would have few steps and teach little.
     """
@@ -1025,8 +1025,9 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-SWEEP_RISE = 1.03  # the loss has risen where it is above this times its minimum
-SWEEP_FALL = 0.9  # and has fallen after this part of its fall
+SWEEP_RISE = 0.03  # of the lowest loss: so far above it, the loss has risen
+SWEEP_PART = 0.1  # of the fall of the loss: so near to its minimum, it is low
+SHORT_TRAINING = 1.25  # see `read_sweep`
 
 
 def find_rates(run, on_step=None):
@@ -1084,7 +1085,7 @@ def record_sweep(run, steps, window, on_step):
         recent = statistics.fmean(losses[-window:])
         lowest = min(lowest, recent)
         has_diverged = recent > 1.5 * lowest
-        has_risen = recent > SWEEP_RISE * lowest
+        has_risen = recent > (1 + SWEEP_RISE) * lowest
         steps_beyond = step + 1 - steps
         may_end = steps_beyond >= 0 and steps_beyond % (2 * window) == 0
         if has_diverged or may_end and (has_risen or lr >= SWEEP_LIMIT):
@@ -1110,20 +1111,23 @@ def smooth_losses(losses, steps_per_decade):
 def sweep_edges(smoothed):
     """Return the steps between which a sweep's smoothed loss is low: the first and the last.
 
-    At the first one, the loss has fallen by 90% of its fall. After the last one, it is more
-    than 3% above its minimum. Raise UserError if it never falls.
+    At the first one, 90% of its fall is done. After the last one, it has risen from its
+    minimum by more than 3%, or by more than 10% of its fall. Raise UserError if it never
+    falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself, to train without a sweep: --lr-max 0.05 is a "
                         "good start.")
-    fall = smoothed[0] - smoothed[lowest]
+    minimum = smoothed[lowest]
+    part_of_fall = SWEEP_PART * (smoothed[0] - minimum)
+    rise = min(SWEEP_RISE * minimum, part_of_fall)
     first = lowest
-    while smoothed[first - 1] <= smoothed[0] - SWEEP_FALL * fall:
+    while smoothed[first - 1] <= minimum + part_of_fall:
         first -= 1
     last = lowest
-    while last + 1 < len(smoothed) and smoothed[last + 1] <= SWEEP_RISE * smoothed[lowest]:
+    while last + 1 < len(smoothed) and smoothed[last + 1] <= minimum + rise:
         last += 1
     return first, last
 
@@ -1132,14 +1136,14 @@ def read_sweep(lrs, smoothed, training_steps):
     """Return LRMIN and LRMAX for a run of so many steps (0: not known).
 
     LRMAX is twice the last rate before the smoothed loss rises, because smoothing makes the
-    rise appear too early. It is at most 1.25 x sqrt(training steps) times the first rate with
-    most of the fall: a short training cannot recover from high rates. `sweep_edges` says which
-    rates these are. Everything after the first rise is ignored.
+    rise appear too early. But it is at most 1.25 x sqrt(training steps) times the first rate
+    at which the loss has fallen, because a short training cannot recover from high rates.
+    `sweep_edges` finds these two rates. Everything after the first rise is ignored.
     """
     first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
     if training_steps:
-        lr_max = min(lr_max, 1.25 * math.sqrt(training_steps) * lrs[first])
+        lr_max = min(lr_max, SHORT_TRAINING * math.sqrt(training_steps) * lrs[first])
     return lr_max / LR_RATIO, lr_max
 
 
@@ -1150,8 +1154,7 @@ def doubt_sweep(smoothed):
     if last + 1 == len(smoothed):
         return f"the loss of the sweep never rose, so LRMAX is uncertain. {advice}"
     fall = smoothed[0] - min(smoothed)
-    rise = (SWEEP_RISE - 1) * min(smoothed)
-    if fall < 2 * rise:
+    if fall < 2 * SWEEP_RISE * min(smoothed):
         return (f"the loss of the sweep fell by only {fall / smoothed[0]:.1%}, so LRMAX is "
                 f"uncertain. {advice}")
     return None
@@ -1771,7 +1774,8 @@ def print_rates(report):
     print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
           f"weight decay {rates['weight_decay']:.3g}")
     if rates.get("note"):
-        print(f"note     {rates['note']}")
+        lines = rates["note"].replace(". ", ".\n         ")
+        print(f"note     {lines}")
     if recipe["epochs"]:
         print(TABLE_HEADING)
     for row in report["epochs"]:
@@ -1832,9 +1836,9 @@ def plot_sweep(figure, report):
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.3g}")
     first, last = sweep_edges(smoothed)
     axes.plot(lrs[first], smoothed[first], "s", color="tab:red",
-              label=f"{SWEEP_FALL:.0%} of the fall")
+              label=f"{1 - SWEEP_PART:.0%} of the fall")
     axes.plot(lrs[last], smoothed[last], "o", color="tab:red",
-              label=f"last rate within {SWEEP_RISE - 1:.0%} of the lowest loss")
+              label="last rate before the rise")
     # The loss after divergence would flatten the rest.
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * smoothed[0]))
     axes.set_title("Learning-rate range sweep")
@@ -1916,7 +1920,7 @@ def plot_confusion(figure, run, report, classes):
     axes.set_xticks(range(count), classes, rotation=45, ha="right")
     axes.set_yticks(range(count), classes)
     axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title(f"Accuracy of each class, and confusions, in percent of its "
+    axes.set_title("Accuracy of each class, and its confusions, in percent of its "
                    f"{report['data']['evaluated_on']}")
 
 

@@ -1,8 +1,8 @@
 """Rules that read a learning rate off a sweep, for the comparison in finder.py.
 
 A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
-the number of steps of the training. It returns one learning rate, which becomes LRMAX. The rules of other libraries get the losses
-as these libraries would smooth and cut them.
+the number of steps of the training. It returns one learning rate, which becomes LRMAX. The
+rules of other libraries get the losses as these libraries would smooth and cut them.
 """
 
 import math

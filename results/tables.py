@@ -25,7 +25,7 @@ FILES = [HERE.parent / "README.md", HERE / "README.md"]
 #
 #     "NAME": (heading, columns, rows)
 #
-# Only the table "finder" is not from reports; finder.py makes it.
+# Only the tables "finder-cases" and "finder-means" are not from reports; finder.py makes them.
 #
 # `rows` is a list of (label, pattern). The label is the text at the left end of a row;
 # `heading` is the heading above the labels. A " | " in them begins another column. The
@@ -389,8 +389,10 @@ def fill_tables(path):
     def fill(match):
         """Return the two comments of a table, with the new table between them."""
         begin, name, end = match.groups()
-        if name == "finder":
-            table = join_table(finder.table_rows())
+        if name == "finder-cases":
+            table = join_table(finder.table_of_cases())
+        elif name == "finder-means":
+            table = join_table(finder.table_of_means())
         else:
             table = make_table(*TABLES[name])
         if path.parent != HERE:
