@@ -4287,8 +4287,10 @@ def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
 
 
 def test_todays_rule_finds_the_rates_that_the_runs_used(shown_reports):
-    swept = [report for report in shown_reports.values()
-             if report["epochs"] and report["rates"]["lr_max_from"] == "sweep"]
+    # The runs of the folder muon/ are of an earlier rule, as the text says.
+    swept = [report for path, report in shown_reports.items()
+             if report["epochs"] and report["rates"]["lr_max_from"] == "sweep"
+             and not path.startswith("muon/")]
     assert len(swept) > 10
     for report in swept:
         (found,) = tables.found_rates({"": report})
