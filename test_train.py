@@ -876,17 +876,17 @@ def test_lr_max_is_never_above_the_last_rate_of_the_sweep():
 
 
 def test_a_sweep_that_falls_far_and_rises_is_not_doubted():
-    assert train.doubt_sweep(SWEPT_LOSSES) is None
+    assert train.why_uncertain(SWEPT_LOSSES) is None
 
 
 def test_a_sweep_that_never_rises_is_doubted():
-    assert re.match(r"the loss of the sweep never rose, .*\. Try half",
-                    train.doubt_sweep(SWEPT_LOSSES[:-1]))
+    assert re.match(r"the loss of the sweep never rose, .*\. Try a quarter",
+                    train.why_uncertain(SWEPT_LOSSES[:-1]))
 
 
 @pytest.mark.parametrize("start, is_doubted", [(1.05, True), (1.07, False)])
 def test_a_sweep_that_falls_by_less_than_6_percent_is_doubted(start, is_doubted):
-    note = train.doubt_sweep([start, 1.0, 1.1])
+    note = train.why_uncertain([start, 1.0, 1.1])
     assert (note is not None) == is_doubted
     if is_doubted:
         assert "fell by only 4.8%" in note
@@ -982,7 +982,7 @@ def test_a_sweep_goes_on_above_1_until_the_loss_rises(monkeypatch):
 def test_a_sweep_whose_loss_never_rises_ends_at_1000_and_says_so(monkeypatch):
     with pytest.warns(match="never rose"):
         seen = sweep_of(monkeypatch, 150, lambda step, lr: 2 / (1 + step / 100))
-    assert 1000 <= seen.lrs[-1] < 5000
+    assert 1000 <= seen.lrs[-1] < 1100
     assert "never rose" in seen.rates.note
 
 
@@ -1064,6 +1064,11 @@ def test_a_sweep_ends_at_a_loss_without_a_value_and_leaves_it_out(value, monkeyp
 
     sweep = sweep_of(monkeypatch, 200, loss_at).rates.sweep
     assert len(sweep["lr"]) == len(sweep["loss"]) == len(sweep["smoothed_loss"]) == 70
+
+
+def test_a_loss_below_zero_is_refused_by_the_sweep(monkeypatch):
+    with pytest.raises(ValueError, match="never below 0"):
+        sweep_of(monkeypatch, 150, lambda step, lr: -1.0)
 
 
 def test_a_sweep_calls_on_step_after_each_step():
@@ -3228,7 +3233,7 @@ def test_no_or_a_broken_matplotlib_costs_only_the_figures(
     report = train.main([*SMALL, "--epochs", 1, "--output", "run.json", *RATES])
     assert report["summary"]["status"] == "complete"
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch("figures  none: .*(pip install matplotlib.*|old)", last_line)
+    assert re.fullmatch("figures  missing: .*(pip install matplotlib.*|old)", last_line)
 
 
 # The status line.

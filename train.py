@@ -1025,23 +1025,24 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-SWEEP_RISE = 0.03  # of the lowest loss: so far above it, the loss has risen
-SWEEP_PART = 0.1  # of the fall of the loss: so near to its minimum, it is low
-SHORT_TRAINING = 1.25  # see `read_sweep`
+RISE = 0.03  # the loss has risen when it is so much above its lowest value, as a part of that
+FALL_PART = 0.1  # or by this part of its fall; within it, the loss is low
+# A short training cannot recover from high rates. The factor and the root in `read_sweep`
+# were fitted to the cases of results/finder.py.
+SHORT_TRAINING_FACTOR = 1.25
 
 
 def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
-    Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If the
-    sweep does not tell LRMAX well, their `note` says why, and this is a warning, too.
-    Afterwards the run is as before. `on_step(step, steps, learning rate, loss)` is
-    called after each step. Raise UserError if the loss never falls. (L. Smith,
-    arXiv:1506.01186, section 3.3.)
+    Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX is
+    uncertain, their `note` says why, and a warning is given. Afterwards the run is as
+    before. `on_step(step, steps, learning rate, loss)` is called after each step. Raise
+    UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
-    # 200 steps, but at least one epoch and at most two. Fewer than 120, 20 for each factor of
-    # 10, would be too coarse: the loss rises some steps after the rate became too high.
+    # About 200 steps: one to two epochs. Fewer than 120, 20 for each factor of 10, would be
+    # too coarse, because the loss rises only some steps after the rate became too high.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
@@ -1053,19 +1054,21 @@ def find_rates(run, on_step=None):
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
     lr_min, lr_max = read_sweep(lrs, smoothed, run.recipe.epochs * epoch_steps)
-    note = doubt_sweep(smoothed)
+    note = why_uncertain(smoothed)
     if note:
         warnings.warn(note, stacklevel=2)
     sweep = {"lr": lrs, "loss": losses, "smoothed_loss": smoothed}
     return Rates(lr_min, lr_max, sweep, note)
 
 
-def record_sweep(run, steps, window, on_step):
+def record_sweep(run, steps, half_decade, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
-    The sweep stops when the mean loss of the last `window` steps is 1.5 times the lowest
-    such mean. Then training has clearly diverged, and larger rates would only cost time.
-    It stops after `steps`, too, or some steps later if the loss has not risen by then.
+    `half_decade` is the number of steps in which the rate grows by the root of 10. The
+    sweep stops when the mean loss of so many steps is 1.5 times the lowest such mean. Then
+    training has clearly diverged, and larger rates would only cost time. It also stops
+    before a loss that is NaN or infinite, and after `steps` if the loss has risen. If not,
+    it looks again after each further factor of 10.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
@@ -1076,19 +1079,22 @@ def record_sweep(run, steps, window, on_step):
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
         if not math.isfinite(loss.item()):
             break
+        if loss.item() < 0:
+            raise ValueError("the sweep needs a loss that is never below 0; "
+                             "add a constant to yours")
         lrs.append(lr)
         losses.append(loss.item())
         if on_step:
             on_step(step + 1, max(step + 1, steps), lr, loss)
-        if len(losses) < window:
+        if len(losses) < half_decade:
             continue
-        recent = statistics.fmean(losses[-window:])
+        recent = statistics.fmean(losses[-half_decade:])
         lowest = min(lowest, recent)
         has_diverged = recent > 1.5 * lowest
-        has_risen = recent > (1 + SWEEP_RISE) * lowest
+        has_risen = recent > (1 + RISE) * lowest
         steps_beyond = step + 1 - steps
-        may_end = steps_beyond >= 0 and steps_beyond % (2 * window) == 0
-        if has_diverged or may_end and (has_risen or lr >= SWEEP_LIMIT):
+        looks_again = steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0
+        if has_diverged or (looks_again and has_risen) or lr >= SWEEP_LIMIT:
             break
     return lrs, losses
 
@@ -1100,7 +1106,7 @@ def sweep_batches(run):
 
 
 def smooth_losses(losses, steps_per_decade):
-    """Return a sweep's losses, averaged from half to twice each learning rate, twice."""
+    """Replace each loss by the mean over the rates from half to twice its own, two times."""
     reach = round(steps_per_decade * math.log10(2))
     for _ in range(2):
         windows = [losses[max(0, i - reach):i + reach + 1] for i in range(len(losses))]
@@ -1109,20 +1115,20 @@ def smooth_losses(losses, steps_per_decade):
 
 
 def sweep_edges(smoothed):
-    """Return the steps between which a sweep's smoothed loss is low: the first and the last.
+    """Return the first and the last step at which a sweep's smoothed loss is low.
 
-    At the first one, 90% of its fall is done. After the last one, it has risen from its
-    minimum by more than 3%, or by more than 10% of its fall. Raise UserError if it never
-    falls.
+    At the first one, 90% of its fall is done. After the last one, it is above its lowest
+    value by 3% of that, or by 10% of its fall, whichever is less. Raise UserError if it
+    never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself, to train without a sweep: --lr-max 0.05 is a "
-                        "good start.")
+                        "good start\nfor our network and recipe.")
     minimum = smoothed[lowest]
-    part_of_fall = SWEEP_PART * (smoothed[0] - minimum)
-    rise = min(SWEEP_RISE * minimum, part_of_fall)
+    part_of_fall = FALL_PART * (smoothed[0] - minimum)
+    rise = min(RISE * minimum, part_of_fall)
     first = lowest
     while smoothed[first - 1] <= minimum + part_of_fall:
         first -= 1
@@ -1135,26 +1141,26 @@ def sweep_edges(smoothed):
 def read_sweep(lrs, smoothed, training_steps):
     """Return LRMIN and LRMAX for a run of so many steps (0: not known).
 
-    LRMAX is twice the last rate before the smoothed loss rises, because smoothing makes the
-    rise appear too early. But it is at most 1.25 x sqrt(training steps) times the first rate
-    at which the loss has fallen, because a short training cannot recover from high rates.
-    `sweep_edges` finds these two rates. Everything after the first rise is ignored.
+    From the lowest smoothed loss on, find the last rate before the loss rises. LRMAX is
+    twice this rate, because smoothing makes the rise appear too early. But it is at most
+    1.25 x sqrt(training steps) times the first rate at which the loss is low, and at most
+    the last rate of the sweep. `sweep_edges` says what low is, and what a rise.
     """
     first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
     if training_steps:
-        lr_max = min(lr_max, SHORT_TRAINING * math.sqrt(training_steps) * lrs[first])
+        lr_max = min(lr_max, SHORT_TRAINING_FACTOR * math.sqrt(training_steps) * lrs[first])
     return lr_max / LR_RATIO, lr_max
 
 
-def doubt_sweep(smoothed):
-    """Return why a sweep does not tell LRMAX well, and what to try, or None if it does."""
+def why_uncertain(smoothed):
+    """Return why a sweep's LRMAX is uncertain, and what to try; None if it is not."""
     _, last = sweep_edges(smoothed)
-    advice = "Try half and a quarter of this LRMAX, too"
+    advice = "Try a quarter, half and twice this LRMAX, too"
     if last + 1 == len(smoothed):
         return f"the loss of the sweep never rose, so LRMAX is uncertain. {advice}"
     fall = smoothed[0] - min(smoothed)
-    if fall < 2 * SWEEP_RISE * min(smoothed):
+    if fall < 2 * RISE * min(smoothed):  # it is hardly more than a rise
         return (f"the loss of the sweep fell by only {fall / smoothed[0]:.1%}, so LRMAX is "
                 f"uncertain. {advice}")
     return None
@@ -1836,7 +1842,7 @@ def plot_sweep(figure, report):
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.3g}")
     first, last = sweep_edges(smoothed)
     axes.plot(lrs[first], smoothed[first], "s", color="tab:red",
-              label=f"{1 - SWEEP_PART:.0%} of the fall")
+              label=f"{1 - FALL_PART:.0%} of the fall")
     axes.plot(lrs[last], smoothed[last], "o", color="tab:red",
               label="last rate before the rise")
     # The loss after divergence would flatten the rest.
@@ -1920,8 +1926,8 @@ def plot_confusion(figure, run, report, classes):
     axes.set_xticks(range(count), classes, rotation=45, ha="right")
     axes.set_yticks(range(count), classes)
     axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title("Accuracy of each class, and its confusions, in percent of its "
-                   f"{report['data']['evaluated_on']}")
+    axes.set_title("Accuracy of each class, and its confusions,\n"
+                   f"in percent of its {report['data']['evaluated_on']}")
 
 
 def plot_misclassified(figure, run, report, classes):
@@ -1976,13 +1982,13 @@ def save_figures(report, run, classes):
 
 
 def try_to_draw(draw, *content):
-    """Call `draw`. If it fails, print why there are no figures: the run is not lost."""
+    """Call `draw`. If it fails, print why figures are missing: the run is not lost."""
     try:
         draw(*content)
     except ImportError as error:
-        print(f"figures  none: {error} (pip install matplotlib?)")
+        print(f"figures  missing: {error} (pip install matplotlib?)")
     except Exception as error:
-        print(f"figures  none: {error}")
+        print(f"figures  missing: {error}")
 
 
 # ---- Running --------------------------------------------------------------------------
@@ -2061,8 +2067,8 @@ def train_once(recipe, options, data):
             recorder.save_report()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print_interruption(options)
-            if options.figures:
-                try_to_draw(save_curves, recorder.report)
+        if options.figures:
+            try_to_draw(save_curves, recorder.report)
         raise
     finish_run(recorder, classes)
     return recorder.report

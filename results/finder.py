@@ -66,8 +66,8 @@ def plain_sgd(parameters):
 
 @dataclasses.dataclass
 class Case:
-    """What is trained, and `rate`, the middle of the learning rates at which it is."""
-    rate: float
+    """What is trained."""
+    rate: float  # RATIOS times this are the learning rates
     images: int = 2_000
     batch_size: int = 62
     epochs: int = 4
@@ -144,7 +144,10 @@ def load_record(name):
 
 
 def measure(name, data_dir, with_training=True):
-    """Write the record of a case: sweeps and, unless it keeps the earlier one's, trainings."""
+    """Sweep and train a case, and write its record.
+
+    Without `with_training`, the trainings of the old record stay.
+    """
     case = CASES[name]
     training, _, _ = train.load_cifar10(data_dir)
     held_out = train.take_images(training, slice(-HELD_OUT, None))
@@ -184,7 +187,8 @@ def picked_rates(name, rule):
     """Return the LRMAX that a rule picks in each sweep of a case."""
     case = CASES[name]
     steps = case.epochs * math.ceil(case.images / case.batch_size)
-    return [rule(sweep["lr"], sweep["loss"], steps) for sweep in load_record(name)["sweeps"]]
+    sweeps = load_record(name)["sweeps"]
+    return [rule(record["lr"], record["loss"], steps) for record in sweeps]
 
 
 def regret(name, rule):
@@ -246,12 +250,15 @@ def draw(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
+    parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
     parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
     parser.add_argument("--data-dir", default=HERE.parent / "data")
     options = parser.parse_args()
     for name in options.cases:
+        if name not in CASES:
+            parser.error(f"no case {name}. The cases are {', '.join(CASES)}")
+    for name in options.cases or CASES:
         if options.draw:
             draw(name)
         else:

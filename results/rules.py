@@ -2,7 +2,8 @@
 
 A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
 the number of steps of the training. It returns one learning rate, which becomes LRMAX. The
-rules of other libraries get the losses as these libraries would smooth and cut them.
+rules of other libraries get the losses smoothed and cut as in these libraries. But the sweep
+is ours: it stops earlier than theirs when the loss rises.
 """
 
 import math
@@ -41,7 +42,10 @@ def steepest(lrs, losses, training_steps):
 
 
 def fastai_losses(losses):
-    """Return losses as fastai's Recorder smooths them: an average without bias."""
+    """Return losses as fastai's Recorder smooths them.
+
+    It takes an exponential average, corrected for its start at 0.
+    """
     smoothed = []
     average = 0
     for step, loss in enumerate(losses, start=1):
@@ -65,7 +69,7 @@ def valley(lrs, losses, training_steps):
     """Return a rate half way down the longest fall of the loss (`valley` of fastai 2).
 
     A fall is a series of steps, not always neighbors, of which each has a lower loss than
-    the one before.
+    the one before. To find its start, fastai counts back as if they were neighbors.
     """
     losses = fastai_part(fastai_losses(losses))
     lengths = []  # of the longest fall that ends at each step
@@ -76,7 +80,7 @@ def valley(lrs, losses, training_steps):
     length = lengths[end]
     third = length / 3
     chosen = end - length + int(third) + int(third / 2)
-    return fastai_part(lrs)[chosen]
+    return fastai_part(lrs)[max(0, chosen)]
 
 
 RULES = {
