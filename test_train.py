@@ -2920,7 +2920,7 @@ def test_the_table_keeps_its_columns_apart_within_80_characters():
 
 def test_the_screen_ends_with_result_times_and_files(finished_run):
     summary = finished_run.report["summary"]
-    result, times, *files = finished_run.screen.splitlines()[-7:]
+    result, times, *files = finished_run.screen.splitlines()[-8:]
     assert result == (
         f"final    {summary['final_test_accuracy']:.2%} of the test images, "
         f"{summary['tta_test_accuracy']:.2%} with flip test-time augmentation")
@@ -3252,7 +3252,7 @@ def set_clock(monkeypatch, *seconds):
 def test_the_status_line_begins_with_the_time_left(monkeypatch, capsys):
     print_on_terminal(monkeypatch)
     set_clock(monkeypatch, 0.0, 10.0, 10.5, 14.0)
-    run = SimpleNamespace(recipe=Recipe(epochs=3), epoch=1)
+    run = SimpleNamespace(recipe=Recipe(epochs=3, batch_size=512), epoch=1)
     on_step = train.show_progress(run)
     for step in (1, 2, 3):
         on_step(step, 10, 0.1, torch.tensor(2.0))
@@ -3264,7 +3264,7 @@ def test_the_status_line_begins_with_the_time_left(monkeypatch, capsys):
 def test_the_status_line_of_the_sweep_has_no_epoch(monkeypatch, capsys):
     print_on_terminal(monkeypatch)
     set_clock(monkeypatch, 0.0, 10.0, 14.0)
-    run = SimpleNamespace(recipe=Recipe(epochs=3), epoch=0)
+    run = SimpleNamespace(recipe=Recipe(epochs=3, batch_size=512), epoch=0)
     on_step = train.show_progress(run, sweeping=True)
     on_step(1, 200, 0.1, torch.tensor(2.0))
     on_step(2, 200, 0.1, torch.tensor(2.0))
@@ -3376,7 +3376,7 @@ def test_each_constant_is_an_option_that_changes_the_chosen_recipe(field):
     value = another_value(field)
     option = f"--{field.name.replace('_', '-')}"
     recipe, options = train.parse_arguments(["--recipe", "plain", option, str(value)])
-    plain = train.RECIPES["plain"]
+    plain = train.choose_batch_size(train.RECIPES["plain"], 50_000)
     assert recipe != plain
     assert recipe == dataclasses.replace(plain, **{field.name: value})
     assert not hasattr(options, field.name)  # the report has each constant once

@@ -200,7 +200,7 @@ def regret(name, rule):
     rates, accuracies = mean_accuracies(load_record(name))
     picked = np.log(picked_rates(name, rule))
     reached = np.interp(picked, np.log(rates), accuracies)
-    return 100 * (max(accuracies) - reached.mean())
+    return max(0.0, 100 * (max(accuracies) - reached.mean()))  # never -0.0
 
 
 def table_of_cases():
@@ -233,7 +233,7 @@ def draw(name):
     record = load_record(name)
     first_sweep = record["sweeps"][0]
     rates, accuracies = mean_accuracies(record)
-    figure = Figure((9, 4.2), dpi=120, layout="constrained")
+    figure = Figure((9, 4.5), dpi=120, layout="constrained")
     figure.suptitle(f"Case {name}: what each rule picks from one sweep")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     loss_axes.plot(first_sweep["lr"], first_sweep["loss"], color="gray")
@@ -242,9 +242,11 @@ def draw(name):
     accuracy_axes.set(xlabel="LRMAX", ylabel="accuracy after training", xscale="log")
     for number, (label, rule) in enumerate(rules.RULES.items()):
         picked = picked_rates(name, rule)[0]
+        style = "-" if rule is rules.ours else "--"  # dashes show a line below another one
         for axes in (loss_axes, accuracy_axes):
-            axes.axvline(picked, color=f"C{number}", label=label)
-    accuracy_axes.legend()
+            axes.axvline(picked, color=f"C{number}", linestyle=style, label=label)
+    handles, labels = loss_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(record_path(name).with_suffix(".png"))
 
 

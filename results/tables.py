@@ -67,7 +67,6 @@ TABLES = {
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
-        ("`--subset --epochs 1`", "first-look/one-epoch-seed*"),
         ("`--subset`", "first-look/seed*"),
     ]),
     "muon": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
