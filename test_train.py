@@ -3201,17 +3201,17 @@ def test_the_figure_of_confusions_shows_which_share_of_a_class_is_taken_for_whic
         monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    predicted = torch.tensor([0, 0, 1, 1, 1, 1, 0])
+    predicted = torch.tensor([0, 0, 1, 1, 1, 0, 0])
     run = SimpleNamespace(test=train.Split(None, labels))
     monkeypatch.setattr(train, "predict_logits", lambda run, images: F.one_hot(predicted, 3))
     report = {"data": {"evaluated_on": "test images"}}
     train.plot_confusion(figure, run, report, ["cat", "dog", "owl"])
     (axes,) = figure.axes
     shares = axes.images[0].get_array()
-    expected = [[200 / 3, 100 / 3, 0], [25, 75, 0], [0, 0, 0]]  # no owl was tested
+    expected = [[200 / 3, 100 / 3, 0], [50, 50, 0], [0, 0, 0]]  # no owl was tested
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["66.7", "33.3", "0", "25", "75", "0", "0", "0", "0"]
+    assert texts == ["66.7", "33.3", "0", "50", "50", "0", "0", "0", "0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "owl"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("taken for", "class")
 
