@@ -3180,15 +3180,15 @@ def test_figures_show_images_as_they_were_before_normalization():
         assert axes.get_title() == caption
 
 
-def test_the_figure_of_misclassified_images_shows_them_with_both_classes(monkeypatch):
+def test_the_figure_of_misclassified_images_shows_them_with_both_classes():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     run = small_run(model=DropoutNetwork)
     labels = run.test.labels
     predicted = labels.clone()
     predicted[[2, 5]] = (labels[[2, 5]] + 1) % 10
     probability = torch.where(F.one_hot(predicted, 10) == 1, 0.55, 0.05)
-    monkeypatch.setattr(train, "predict_logits", lambda run, images: probability.log())
-    train.plot_misclassified(figure, run, {"data": {"evaluated_on": "test images"}}, CLASSES)
+    report = {"data": {"evaluated_on": "test images"}}
+    train.plot_misclassified(figure, run, probability, report, CLASSES)
     shown = [axes for axes in figure.axes if axes.images]
     for axes, index in zip(shown, [2, 5], strict=True):
         image = random_split(8).images[index].permute(1, 2, 0)
@@ -3197,15 +3197,14 @@ def test_the_figure_of_misclassified_images_shows_them_with_both_classes(monkeyp
         assert axes.get_title() == f"{true}\ntaken for {wrong}\nwith probability 0.55"
 
 
-def test_the_figure_of_confusions_shows_which_share_of_a_class_is_taken_for_which(
-        monkeypatch):
+def test_the_figure_of_confusions_shows_which_share_of_a_class_is_taken_for_which():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     predicted = torch.tensor([0, 0, 1, 1, 1, 0, 0])
     run = SimpleNamespace(test=train.Split(None, labels))
-    monkeypatch.setattr(train, "predict_logits", lambda run, images: F.one_hot(predicted, 3))
     report = {"data": {"evaluated_on": "test images"}}
-    train.plot_confusion(figure, run, report, ["cat", "dog", "owl"])
+    probabilities = F.one_hot(predicted, 3).float()
+    train.plot_confusion(figure, run, probabilities, report, ["cat", "dog", "owl"])
     (axes,) = figure.axes
     shares = axes.images[0].get_array()
     expected = [[200 / 3, 100 / 3, 0], [50, 50, 0], [0, 0, 0]]  # no owl was tested

@@ -1025,8 +1025,8 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-RISE = 0.03  # the loss has risen when it is so much above its lowest value, as a part of that
-FALL_PART = 0.1  # or by this part of its fall; within it, the loss is low
+RISE = 0.03  # the loss has risen when it is 3% above its lowest value,
+FALL_PART = 0.1  # or above it by 10% of its fall; nearer to it, the loss is low
 # A short training cannot recover from high rates. The factor and the root in `read_sweep`
 # were fitted to the cases of results/finder.py.
 SHORT_TRAINING_FACTOR = 1.25
@@ -1909,10 +1909,10 @@ def plot_images(figure, run, images, captions, columns, title):
         axes.set_title(caption, fontsize=8)
 
 
-def plot_confusion(figure, run, report, classes):
+def plot_confusion(figure, run, probabilities, report, classes):
     """Draw which share of each class, in percent, is taken for which class."""
     labels = run.test.labels
-    predicted = predict_logits(run, run.test.images).argmax(1)
+    predicted = probabilities.argmax(1)
     count = len(classes)
     counts = torch.bincount(labels * count + predicted, minlength=count ** 2)
     counts = counts.reshape(count, count).cpu()
@@ -1930,10 +1930,10 @@ def plot_confusion(figure, run, report, classes):
                    f"in percent of its {report['data']['evaluated_on']}")
 
 
-def plot_misclassified(figure, run, report, classes):
+def plot_misclassified(figure, run, probabilities, report, classes):
     """Draw the first ten images that the run classifies wrongly, if there are any."""
     labels = run.test.labels
-    probability, predicted = predict_logits(run, run.test.images).softmax(1).max(1)
+    probability, predicted = probabilities.max(1)
     misclassified = (predicted != labels).nonzero().flatten()[:10].tolist()
     captions = [f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}\n"
                 f"with probability {probability[i]:.2f}" for i in misclassified]
@@ -1976,8 +1976,10 @@ def save_figures(report, run, classes):
     """Write all figures."""
     save_curves(report)
     if report["epochs"]:
-        save_figure(report, "confusion", (7, 7), plot_confusion, run, report, classes)
-        save_figure(report, "misclassified", (9, 5), plot_misclassified, run, report, classes)
+        probabilities = predict_logits(run, run.test.images).softmax(1)
+        content = (run, probabilities, report, classes)
+        save_figure(report, "confusion", (7, 7), plot_confusion, *content)
+        save_figure(report, "misclassified", (9, 5), plot_misclassified, *content)
     save_figure(report, "augmented", (9, 5.8), plot_augmented, run, classes)
 
 

@@ -16,15 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 
-def ours(lrs, losses, training_steps):
-    """Return what train.py finds; the start of the sweep if it finds nothing."""
+def found_by_script(lrs, losses, training_steps):
+    """Return the LRMAX that train.py finds. Raise its UserError if it finds none."""
     steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
     smoothed = train.smooth_losses(losses, steps_per_decade)
+    _, lr_max = train.read_sweep(lrs, smoothed, training_steps)
+    return lr_max
+
+
+def ours(lrs, losses, training_steps):
+    """Return what train.py finds; the start of the sweep if it finds nothing."""
     try:
-        _, lr_max = train.read_sweep(lrs, smoothed, training_steps)
+        return found_by_script(lrs, losses, training_steps)
     except train.UserError:
         return lrs[0]
-    return lr_max
 
 
 def without_limit(lrs, losses, training_steps):

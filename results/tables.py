@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import finder  # noqa: E402
+import rules  # noqa: E402
 import train  # noqa: E402
 
 FILES = [HERE.parent / "README.md", HERE / "README.md"]
@@ -280,12 +281,9 @@ def found_rates(row):
     """Return the LRMAX that today's rule finds in the sweep of each report."""
     found = []
     for report in row.values():
-        lrs = report["lr_sweep"]["lr"]
-        losses = report["lr_sweep"]["loss"]
-        steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
-        smoothed = train.smooth_losses(losses, steps_per_decade)
-        _, lr_max = train.read_sweep(lrs, smoothed, training_steps(report))
-        found.append(lr_max)
+        sweep = report["lr_sweep"]
+        steps = training_steps(report)
+        found.append(rules.found_by_script(sweep["lr"], sweep["loss"], steps))
     return found
 
 
