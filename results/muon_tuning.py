@@ -1,0 +1,124 @@
+"""Tune Muon's constants on a narrow network.
+
+    python results/muon_tuning.py NAME ...     train these runs; without NAME, all of them
+
+The narrow network is the custom ResNet with a quarter of the channels. It is trained with the
+recipe `fast` and Muon for 6 epochs, on 30,000 training images of CIFAR-10, and evaluated on
+10,000 others. The runs are a fractional factorial: 16 of the 64 combinations of six factors,
+so that each factor has each of its two values in eight runs. Each run writes a record,
+results/muon-tuning/NAME.json, and a run whose record is there is not repeated.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import finder  # noqa: E402
+import train  # noqa: E402
+
+TRAINING_IMAGES = 30_000
+HELD_OUT = 10_000
+EPOCHS = 6
+
+FACTORS = {  # a name, and the two values that are compared
+    "muon_lr": (0.07, 0.14),  # the peak of Muon's learning rate
+    "adam_lr": (0.02, 0.06),  # and that of Adam's, which is LRMAX
+    "momentum": (0.6, 0.85),  # Muon's
+    "steps": (3, 5),  # of Newton-Schulz
+    "peak_fraction": (0.1, 5 / 24),
+    "ema_epochs": (0.25, 0.5),
+}
+
+
+def make_runs():
+    """Return the runs of the factorial: a dictionary from a name to its values of FACTORS.
+
+    A digit of the name says which value a factor has, 0 or 1. The first four factors take all
+    combinations. The other two are the parity of three of these, so that no factor is mixed
+    with another one or with the common effect of two.
+    """
+    runs = {}
+    for a, b, c, d in itertools.product((0, 1), repeat=4):
+        levels = (a, b, c, d, (a + b + c) % 2, (b + c + d) % 2)
+        name = "".join(str(level) for level in levels)
+        runs[name] = {factor: FACTORS[factor][level]
+                      for factor, level in zip(FACTORS, levels)}
+    return runs
+
+
+RUNS = make_runs()
+
+
+class NarrowResNet(nn.Sequential):
+    """The narrow network of finder.py, with scaled logits and convolutions like our recipe's.
+
+    Its first layer has 16 channels. This is too few to whiten the patches of an image.
+    """
+
+    def __init__(self):
+        super().__init__(*finder.narrow_resnet())
+        convolutions = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
+        for convolution in convolutions[1:]:
+            nn.init.dirac_(convolution.weight[:convolution.in_channels])
+
+    def forward(self, images):
+        return super().forward(images) * train.Recipe().logit_scale
+
+
+def train_run(values, training, held_out, seed):
+    """Train with the values of a run. Return its record."""
+    train.MUON_MOMENTUM = values["momentum"]
+    train.NEWTON_SCHULZ_STEPS = values["steps"]
+    train.MUON_LR_FACTOR = values["muon_lr"] / values["adam_lr"]
+    recipe = dataclasses.replace(
+        train.RECIPES["fast"], epochs=EPOCHS, optimizer="muon",
+        peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
+    run = train.start_run(recipe, training, held_out, seed, model=NarrowResNet)
+    rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
+    rows = list(train.train_epochs(run, rates))
+    return {
+        "values": values,
+        "seed": seed,
+        "accuracies": [row["test_accuracy"] for row in rows],
+        "loss": rows[-1]["test_loss"],
+        "tta_accuracy": train.evaluate_run(run, tta=True)["test_accuracy"],
+        "train_seconds": run.seconds,
+        "environment": train.describe_environment(run),
+    }
+
+
+def record_path(name):
+    """Return the file of a run's record."""
+    return HERE / "muon-tuning" / f"{name}.json"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", metavar="NAME")
+    parser.add_argument("--data-dir", default=HERE.parent / "data")
+    options = parser.parse_args()
+    for name in options.runs:
+        if name not in RUNS:
+            parser.error(f"no run {name}. The runs are {', '.join(RUNS)}")
+    training, _, _ = train.load_cifar10(options.data_dir)
+    held_out = train.take_images(training, slice(-HELD_OUT, None))
+    training = train.take_images(training, slice(TRAINING_IMAGES))
+    for name in options.runs or RUNS:
+        if record_path(name).exists():
+            continue
+        seed = list(RUNS).index(name)  # each run has its own
+        record = train_run(RUNS[name], training, held_out, seed)
+        record_path(name).parent.mkdir(exist_ok=True)
+        record_path(name).write_text(json.dumps(record, indent=1) + "\n")
+        print(name, record["accuracies"], record["tta_accuracy"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
