@@ -304,7 +304,8 @@ def memory_format(device):
     """Return the layout of images and weights that is fast and correct on `device`."""
     # Many versions of PyTorch get channels-last gradients on Apple GPUs wrong:
     # https://github.com/pytorch/pytorch/issues/175189
-    return torch.contiguous_format if device == "mps" else torch.channels_last
+    is_apple_gpu = torch.device(device).type == "mps"
+    return torch.contiguous_format if is_apple_gpu else torch.channels_last
 
 
 def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="constant"):
@@ -342,7 +343,7 @@ def check_split(name, split, num_classes):
 # 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
 # none of the sweep's batches.
 SWEEP_EPOCH = 900_000
-SEED_STRIDE = 1_000_003  # more than all these epochs, so that two seeds share none
+SEED_STRIDE = 1_000_003  # more than all these epochs, so that seeds up to 4,000 share none
 
 
 def epoch_generator(seed, epoch, device):
@@ -606,6 +607,7 @@ def make_optimizer(recipe, model, dtype):
 
 # ---- Run: a model on a device, with what trains it; one step --------------------------
 
+DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -616,7 +618,8 @@ class Run:
     These parts can be exchanged, the first four by parameters of `start_run`:
 
     - `model` is a network, or a function that makes one, which is called under the seed.
-      A network keeps its weights: given to a second run, it goes on from the first one's.
+      It turns normalized images (B, C, H, W) into logits (B, classes). A network keeps its
+      weights: given to a second run, it goes on from the first one's.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -658,9 +661,10 @@ class Run:
         return math.ceil(len(self.training.labels) / self.recipe.batch_size)
 
     def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
         # A cache would keep copies of the weights, and a CUDA graph would go on with old ones.
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32,
-                              cache_enabled=False)
+        return torch.autocast(self.device, self.dtype, cache_enabled=False)
 
     def forward(self, images):
         """Return the model's logits (B, classes) in fp32.
@@ -676,11 +680,19 @@ class Run:
                              f"got a {type(logits).__name__}")
         return logits.float()
 
-    def state(self):
-        """Return a copy of all that training changes, and of what it belongs to."""
-        return copy.deepcopy({
+    def settings(self):
+        """Return what a state and the run that loads it must have in common."""
+        return {
             "recipe": dataclasses.asdict(self.recipe),
             "seed": self.seed,
+            "device": self.device,
+            "precision": self.precision,
+        }
+
+    def state(self):
+        """Return a copy of all that training changes, and the settings of the run."""
+        return copy.deepcopy({
+            **self.settings(),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -691,14 +703,16 @@ class Run:
         })
 
     def load_state(self, state):
-        """Go back to a `state()`. Raise ValueError if it is of another recipe or seed."""
-        same_recipe = state["recipe"] == dataclasses.asdict(self.recipe)
-        if not same_recipe or state["seed"] != self.seed:
-            raise ValueError("this state is of a run with another recipe or seed")
+        """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
+        for name, value in self.settings().items():
+            if state[name] != value:
+                raise ValueError(f"this state is of a run with another {name}")
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        # A new scaler, because an interrupted step leaves the old one in the middle of its work.
+        self.scaler = make_scaler(self.device, self.precision)
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(self.device, state["random"])
         self.epoch = state["epoch"]
@@ -706,6 +720,11 @@ class Run:
         self.mid_epoch = False
         # The gradients belong to the weights that were replaced.
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def make_scaler(device, precision):
+    """Return the scaler of the loss, which does nothing but in fp16."""
+    return torch.amp.GradScaler(device, enabled=precision == "fp16")
 
 
 def random_state(device):
@@ -726,8 +745,10 @@ def restore_random_state(device, state):
 def choose_device(device="auto"):
     """Return "cuda", "mps" or "cpu", or raise ValueError if it is not available.
 
-    "auto" takes the fastest available device.
+    "auto" takes the fastest available device. Of several GPUs, the environment variable
+    CUDA_VISIBLE_DEVICES chooses one.
     """
+    check_value("device", str(device), str, DEVICES)
     available = []
     if torch.cuda.is_available():
         available.append("cuda")
@@ -752,6 +773,8 @@ def choose_precision(device, precision="auto"):
             return "bf16"
         return "fp16" if device == "cuda" else "fp32"
     check_value("precision", precision, str, tuple(DTYPES))
+    if device == "mps" and precision == "fp16":  # Adam would not skip steps that overflow
+        raise ValueError("fp16 does not work on Apple GPUs. Use fp32")
     return precision
 
 
@@ -767,9 +790,10 @@ def has_fast_bf16(device):
 
 def cpu_capabilities():
     """Return what PyTorch knows of the CPU, a dictionary."""
-    if hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.7 does not have it
+    if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    return {}
+    # PyTorch 2.7 to 2.10. All CPUs that have amx_bf16 have this, too.
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
 def start_run(recipe, training, test, seed=0, device="auto", precision="auto", model=None,
@@ -779,7 +803,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     The Splits are of uint8 images (N, 3, 32, 32), or of what your own `model` takes.
     `choose_device` and `choose_precision` say what "auto" is. `Run` says what `model`,
     `loss`, `augment` and `cuda_graph` can be. A seed gives the same initial weights on
-    every device; dropout in a network of your own follows `torch.manual_seed`.
+    every device, but for rounding in the first layer; dropout in a network of your own
+    follows `torch.manual_seed`.
     Raise ValueError for what cannot be trained.
     """
     training = Split(*training)
@@ -807,7 +832,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         mean=mean, std=std, training=training, test=test,
         model=model, averaged=copy.deepcopy(model),
         optimizer=make_optimizer(recipe, model, dtype),
-        scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
+        scaler=make_scaler(device, precision),
         loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
         preparation_seconds=seconds, seconds=seconds)
 
@@ -962,13 +987,14 @@ def update_average(run, step):
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
     update = get_ema_multi_avg_fn(1 - 1 / min(step, ema_steps))
-    update(floating_state(run.averaged), floating_state(run.model), None)
+    update(averaged_tensors(run.averaged), averaged_tensors(run.model), None)
 
 
-def floating_state(module):
+def averaged_tensors(module):
     """Return a module's weights and statistics, without BatchNorm's counts of batches."""
-    state = module.state_dict()
-    return [values for values in state.values() if values.is_floating_point()]
+    # Unlike state_dict(), this lists weights that two layers share once.
+    tensors = [*module.parameters(), *module.buffers()]
+    return [values for values in tensors if values.is_floating_point()]
 
 
 # ---- One-cycle ------------------------------------------------------------------------
@@ -1029,7 +1055,7 @@ RISE = 0.03  # the loss has risen when it is 3% above its lowest value,
 FALL_PART = 0.1  # or above it by 10% of its fall; nearer to it, the loss is low
 # A short training cannot recover from high rates. The factor and the root in `read_sweep`
 # were fitted to the cases of results/finder.py.
-SHORT_TRAINING_FACTOR = 1.25
+SHORT_TRAINING_FACTOR = 0.25
 
 
 def find_rates(run, on_step=None):
@@ -1141,15 +1167,16 @@ def sweep_edges(smoothed):
 def read_sweep(lrs, smoothed, training_steps):
     """Return LRMIN and LRMAX for a run of so many steps (0: not known).
 
-    From the lowest smoothed loss on, find the last rate before the loss rises. LRMAX is
-    twice this rate, because smoothing makes the rise appear too early. But it is at most
-    1.25 x sqrt(training steps) times the first rate at which the loss is low, and at most
-    the last rate of the sweep. `sweep_edges` says what low is, and what a rise.
+    The loss is low from a first to a last rate, which `sweep_edges` finds. LRMAX is twice
+    the last one, because smoothing makes the rise appear too early. But it is at most
+    sqrt(training steps x first rate x last rate) / 4, so that a short training has a lower
+    one. It is also at most the last rate of the sweep.
     """
     first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
     if training_steps:
-        lr_max = min(lr_max, SHORT_TRAINING_FACTOR * math.sqrt(training_steps) * lrs[first])
+        limit = SHORT_TRAINING_FACTOR * math.sqrt(training_steps * lrs[first] * lrs[last])
+        lr_max = min(lr_max, limit)
     return lr_max / LR_RATIO, lr_max
 
 
@@ -1302,7 +1329,7 @@ def make_parser():
         help="for tuning: do not train on the last N training images, evaluate on them")
     add("--data-dir", default="data", metavar="DIR",
         help="folder of CIFAR-10 (default: data)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+    add("--device", choices=DEVICES, default="auto",
         help="auto: the fastest")
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
@@ -1467,8 +1494,11 @@ def check_writable(path):
 
 def save_weights(path, run, classes):
     """Write a ResNet's weights and all else that is needed to classify images."""
+    # A network that was given to the run keeps its own scale.
+    logit_scale = getattr(run.model, "logit_scale", run.recipe.logit_scale)
+    recipe = dataclasses.replace(run.recipe, logit_scale=logit_scale)
     content = {
-        "recipe": dataclasses.asdict(run.recipe),
+        "recipe": dataclasses.asdict(recipe),
         "classes": [str(name) for name in classes],  # NumPy's would not be loaded again
         "weights": run.averaged.state_dict(),
         "mean": run.mean,
@@ -1499,6 +1529,8 @@ def script_commit():
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # there is no git
         commit = ask_git("log", "-1", "--format=%h")
+        if not commit:  # the repository does not have this file
+            return None
         has_changed = ask_git("status", "--porcelain") != ""
         return f"{commit}+" if has_changed else commit
     return None
@@ -2015,8 +2047,10 @@ def load_data(options):
 
 
 def has_cifar10(folder):
-    """Tell whether a folder has CIFAR-10, or the whole archive of it."""
-    if (folder / CIFAR10.base_folder).exists():
+    """Tell whether a folder has all files of CIFAR-10, or the whole archive of it."""
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    names.append(CIFAR10.meta["filename"])
+    if all((folder / CIFAR10.base_folder / name).exists() for name in names):
         return True
     return is_whole_archive(folder / CIFAR10.filename)
 
@@ -2129,8 +2163,10 @@ def finish_run(recorder, classes):
 def print_interruption(options):
     """Print what is left of a run that was interrupted, and how it can be continued."""
     print(f"stopped  {options.output} has the epochs that were completed")
-    if options.checkpoint is not None:
+    if options.checkpoint is not None and Path(options.checkpoint).is_file():
         print(f"         the same command continues from {options.checkpoint}")
+    elif options.checkpoint is not None:
+        print("         the same command begins anew, because the sweep did not end")
     else:
         print("         it cannot be continued; a run with --checkpoint FILE could be")
 
@@ -2176,8 +2212,9 @@ def run_process():
 def is_out_of_memory(error):
     """Tell whether an error of PyTorch or Python says that there is no memory left."""
     text = str(error).lower()
-    return (isinstance(error, MemoryError) or "out of memory" in text
-            or "can't allocate memory" in text)
+    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
+               "not enough memory")  # Windows
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -28,12 +29,20 @@ HELD_OUT = 10_000
 EPOCHS = 6
 
 FACTORS = {  # a name, and the two values that are compared
-    "muon_lr": (0.07, 0.14),  # the peak of Muon's learning rate
-    "adam_lr": (0.02, 0.06),  # and that of Adam's, which is LRMAX
-    "momentum": (0.6, 0.85),  # Muon's
-    "steps": (3, 5),  # of Newton-Schulz
+    "muon_lr": (0.07, 0.14),
+    "adam_lr": (0.02, 0.06),
+    "momentum": (0.6, 0.85),
+    "steps": (3, 5),
     "peak_fraction": (0.1, 5 / 24),
     "ema_epochs": (0.25, 0.5),
+}
+MEANINGS = {  # of the factors, for the table
+    "muon_lr": "Muon's highest learning rate",
+    "adam_lr": "Adam's highest learning rate, LRMAX",
+    "momentum": "Muon's momentum",
+    "steps": "Newton-Schulz steps",
+    "peak_fraction": "`--peak-fraction`",
+    "ema_epochs": "`--ema-epochs`",
 }
 
 
@@ -98,6 +107,48 @@ def record_path(name):
     """Return the file of a run's record."""
     return HERE / "muon-tuning" / f"{name}.json"
 
+
+def load_record(name):
+    return json.loads(record_path(name).read_text())
+
+
+# ---- What each factor does ---------------------------------------------------------------
+
+def estimate_effects(levels, results):
+    """Return the effect of each factor, and their standard error.
+
+    `levels` (runs, factors) has 0 or 1 for the value that a factor had in a run. `results`
+    (runs,) are described as a mean plus an effect of each factor (least squares). The error
+    comes from what this leaves unexplained. It is the same for all factors, because each of
+    them has each of its values in half of the runs.
+    """
+    levels = np.asarray(levels, dtype=float)
+    results = np.asarray(results, dtype=float)
+    runs, factors = levels.shape
+    design = np.column_stack([np.ones(runs), levels])
+    coefficients, *_ = np.linalg.lstsq(design, results, rcond=None)
+    residuals = results - design @ coefficients
+    deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - factors))
+    return coefficients[1:], deviation * np.sqrt(4 / runs)
+
+
+def table_of_effects():
+    """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
+    levels = [[int(digit) for digit in name] for name in RUNS]
+    records = [load_record(name) for name in RUNS]
+    columns = []
+    for results in ([record["accuracies"][-1] for record in records],
+                    [record["tta_accuracy"] for record in records]):
+        effects, error = estimate_effects(levels, results)
+        columns.append([f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects])
+    rows = [["constant", "change", "accuracy", "flip TTA"]]
+    for number, (factor, (low, high)) in enumerate(FACTORS.items()):
+        cells = [column[number] for column in columns]
+        rows.append([MEANINGS[factor], f"{low:.3g} to {high:.3g}", *cells])
+    return rows
+
+
+# ---- Running -----------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

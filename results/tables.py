@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import finder  # noqa: E402
+import muon_tuning  # noqa: E402
 import rules  # noqa: E402
 import train  # noqa: E402
 
@@ -26,7 +27,7 @@ FILES = [HERE.parent / "README.md", HERE / "README.md"]
 #
 #     "NAME": (heading, columns, rows)
 #
-# Only the tables "finder-cases" and "finder-means" are not from reports; finder.py makes them.
+# The tables of STUDIES, below, are not made from reports, but from records of their own.
 #
 # `rows` is a list of (label, pattern). The label is the text at the left end of a row;
 # `heading` is the heading above the labels. A " | " in them begins another column. The
@@ -127,6 +128,12 @@ TABLES = {
         ("`--padding 1`, not 2",
          "fast-tuning/padding1*", "fast-tuning/padding2*"),
     ]),
+}
+
+STUDIES = {  # the functions that make these tables, from the records in results/NAME/
+    "finder-cases": finder.table_of_cases,
+    "finder-means": finder.table_of_means,
+    "muon-tuning": muon_tuning.table_of_effects,
 }
 
 
@@ -386,10 +393,8 @@ def fill_tables(path):
     def fill(match):
         """Return the two comments of a table, with the new table between them."""
         begin, name, end = match.groups()
-        if name == "finder-cases":
-            table = join_table(finder.table_of_cases())
-        elif name == "finder-means":
-            table = join_table(finder.table_of_means())
+        if name in STUDIES:
+            table = join_table(STUDIES[name]())
         else:
             table = make_table(*TABLES[name])
         if path.parent != HERE:
