@@ -1897,15 +1897,15 @@ def test_orthogonalize_with_products_in_low_precision_comes_close(dtype):
 
 
 class WrittenOutMuon:
-    """Muon with momentum 0.6, in NumPy, for the weight of one convolution."""
+    """Muon with momentum 0.85, in NumPy, for the weight of one convolution."""
 
     def __init__(self, weight):
         self.weight = weight
         self.momentum = np.zeros(weight.shape)
 
     def step(self, gradient, lr):
-        self.momentum = 0.6 * self.momentum + gradient
-        direction = gradient + 0.6 * self.momentum
+        self.momentum = 0.85 * self.momentum + gradient
+        direction = gradient + 0.85 * self.momentum
         update = written_out_orthogonalize(direction.reshape(len(direction), -1))
         norm = np.linalg.norm(self.weight)
         scaled = self.weight * math.sqrt(len(self.weight)) / norm
@@ -1987,7 +1987,7 @@ def test_muons_momentum_does_not_follow_the_schedule():
     expected = torch.zeros_like(weight)
     for beta1 in (0.9, 0.1, 0.5):
         train.train_step(run, images, labels, 0.01, beta1)
-        expected = 0.6 * expected + weight.grad
+        expected = 0.85 * expected + weight.grad
         torch.testing.assert_close(run.optimizer.state[weight]["momentum"], expected)
 
 
