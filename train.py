@@ -712,7 +712,7 @@ class Run:
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         # A new scaler, because an interrupted step leaves the old one in the middle of its work.
-        self.scaler = make_scaler(self.device, self.precision)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(self.device, state["random"])
         self.epoch = state["epoch"]
@@ -720,11 +720,6 @@ class Run:
         self.mid_epoch = False
         # The gradients belong to the weights that were replaced.
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def make_scaler(device, precision):
-    """Return the scaler of the loss, which does nothing but in fp16."""
-    return torch.amp.GradScaler(device, enabled=precision == "fp16")
 
 
 def random_state(device):
@@ -832,7 +827,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         mean=mean, std=std, training=training, test=test,
         model=model, averaged=copy.deepcopy(model),
         optimizer=make_optimizer(recipe, model, dtype),
-        scaler=make_scaler(device, precision),
+        scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
         loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
         preparation_seconds=seconds, seconds=seconds)
 
