@@ -1897,15 +1897,15 @@ def test_orthogonalize_with_products_in_low_precision_comes_close(dtype):
 
 
 class WrittenOutMuon:
-    """Muon with momentum 0.85, in NumPy, for the weight of one convolution."""
+    """Muon with momentum 0.6, in NumPy, for the weight of one convolution."""
 
     def __init__(self, weight):
         self.weight = weight
         self.momentum = np.zeros(weight.shape)
 
     def step(self, gradient, lr):
-        self.momentum = 0.85 * self.momentum + gradient
-        direction = gradient + 0.85 * self.momentum
+        self.momentum = 0.6 * self.momentum + gradient
+        direction = gradient + 0.6 * self.momentum
         update = written_out_orthogonalize(direction.reshape(len(direction), -1))
         norm = np.linalg.norm(self.weight)
         scaled = self.weight * math.sqrt(len(self.weight)) / norm
@@ -1950,7 +1950,7 @@ def test_steps_with_muon_against_muon_in_numpy_and_adam_of_pytorch():
             group.update(lr=lr, betas=(beta1, 0.999))
         adam.step()
         for layer, muon in zip(convolutions, muons):
-            muon.step(layer.weight.grad.double().numpy(), lr * 5 / 3)
+            muon.step(layer.weight.grad.double().numpy(), lr * 7 / 3)
             layer.weight.data = torch.from_numpy(muon.weight).float()
         result = train.train_step(run, images, labels, lr, beta1)
         torch.testing.assert_close(result, expected)
@@ -1971,11 +1971,11 @@ def test_muon_has_the_weights_of_all_convolutions_but_the_first_and_adam_the_res
     assert len(vectors["params"]) == 2 * 8 + 1  # of eight BatchNorms and the last layer
 
 
-def test_muons_rate_is_five_thirds_of_the_scheduled_one():
+def test_muons_rate_is_seven_thirds_of_the_scheduled_one():
     run = muon_run(epochs=2)
     planned = planned_rates(run, 2)
     steps = groups_of_each_step(run)
-    for group, factor in enumerate((1, 1, 5 / 3)):
+    for group, factor in enumerate((1, 1, 7 / 3)):
         assert [groups[group]["lr"] for groups in steps] == pytest.approx(
             [factor * lr for lr, _ in planned])
 
@@ -1987,7 +1987,7 @@ def test_muons_momentum_does_not_follow_the_schedule():
     expected = torch.zeros_like(weight)
     for beta1 in (0.9, 0.1, 0.5):
         train.train_step(run, images, labels, 0.01, beta1)
-        expected = 0.85 * expected + weight.grad
+        expected = 0.6 * expected + weight.grad
         torch.testing.assert_close(run.optimizer.state[weight]["momentum"], expected)
 
 
@@ -4630,9 +4630,10 @@ def test_the_factorial_tells_each_factor_from_the_others_and_from_what_two_have_
 
 def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
     generator = np.random.default_rng(0)
-    levels = np.array([[int(digit) for digit in name] for name in muon_tuning.RUNS])
+    levels = muon_tuning.levels_of_runs()
     results = generator.normal(size=16)
     effects, _ = muon_tuning.estimate_effects(levels, results)
+    assert len(effects) == len(muon_tuning.FACTORS) + 1
     for factor, effect in enumerate(effects):
         is_high = levels[:, factor] == 1
         assert effect == pytest.approx(results[is_high].mean() - results[~is_high].mean())
@@ -4640,8 +4641,8 @@ def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
 
 def test_the_error_of_an_effect_is_how_far_it_spreads():
     generator = np.random.default_rng(0)
-    levels = np.array([[int(digit) for digit in name] for name in muon_tuning.RUNS])
-    true_effects = np.arange(6)
+    levels = muon_tuning.levels_of_runs()
+    true_effects = np.arange(7)
     squared_errors = []
     distances = []
     for _ in range(500):
@@ -4651,6 +4652,18 @@ def test_the_error_of_an_effect_is_how_far_it_spreads():
         squared_errors.append(error ** 2)
     assert np.sqrt(np.mean(squared_errors)) == pytest.approx(np.std(distances), rel=0.1)
     assert np.std(distances) == pytest.approx(0.5, rel=0.1)  # 2 / sqrt(16)
+
+
+def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
+    def load_record(name):
+        is_high = [digit == "1" for digit in name]
+        accuracy = 0.8 if is_high[0] and not is_high[2] else 0.2 + 0.1 * is_high[1]
+        return {"accuracies": [0.0, accuracy], "tta_accuracy": accuracy}
+
+    monkeypatch.setattr(muon_tuning, "load_record", load_record)
+    _, *rows = muon_tuning.table_of_pairs()
+    assert rows == [["0.6", "0.07", "25.00", "25.00"], ["0.6", "0.14", "80.00", "80.00"],
+                    ["0.85", "0.07", "25.00", "25.00"], ["0.85", "0.14", "25.00", "25.00"]]
 
 
 @pytest.mark.parametrize("name", muon_tuning.RUNS)

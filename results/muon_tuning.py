@@ -51,7 +51,9 @@ def make_runs():
 
     A digit of the name says which value a factor has, 0 or 1. The first four factors take all
     combinations. The other two are the parity of three of these, so that no factor is mixed
-    with another one or with the common effect of two.
+    up with another one, or with the joint effect of two. But some joint effects are mixed up
+    with each other: that of `muon_lr` and `momentum` with that of `adam_lr` and
+    `peak_fraction`.
     """
     runs = {}
     for a, b, c, d in itertools.product((0, 1), repeat=4):
@@ -114,37 +116,62 @@ def load_record(name):
 
 # ---- What each factor does ---------------------------------------------------------------
 
-def estimate_effects(levels, results):
-    """Return the effect of each factor, and their standard error.
+def levels_of_runs():
+    """Return which value each factor has in each run, 0 or 1: an array (runs, factors + 1).
 
-    `levels` (runs, factors) has 0 or 1 for the value that a factor had in a run. `results`
-    (runs,) are described as a mean plus an effect of each factor (least squares). The error
-    comes from what this leaves unexplained. It is the same for all factors, because each of
-    them has each of its values in half of the runs.
+    The last column is 1 where only one of Muon's rate and momentum has its higher value. Both
+    make steps larger, so one of them may need the other one to be low.
+    """
+    levels = np.array([[int(digit) for digit in name] for name in RUNS])
+    names = list(FACTORS)
+    only_one = levels[:, names.index("muon_lr")] ^ levels[:, names.index("momentum")]
+    return np.column_stack([levels, only_one])
+
+
+def estimate_effects(levels, results):
+    """Return the effect of each column of `levels` (runs, columns), and their standard error.
+
+    An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
+    It is estimated by least squares. The error comes from what all effects together leave
+    unexplained. It is the same for all columns, because each has a 1 in half of the runs.
     """
     levels = np.asarray(levels, dtype=float)
     results = np.asarray(results, dtype=float)
-    runs, factors = levels.shape
+    runs, columns = levels.shape
     design = np.column_stack([np.ones(runs), levels])
     coefficients, *_ = np.linalg.lstsq(design, results, rcond=None)
     residuals = results - design @ coefficients
-    deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - factors))
+    deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - columns))
     return coefficients[1:], deviation * np.sqrt(4 / runs)
 
 
 def table_of_effects():
     """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
-    levels = [[int(digit) for digit in name] for name in RUNS]
     records = [load_record(name) for name in RUNS]
     columns = []
     for results in ([record["accuracies"][-1] for record in records],
                     [record["tta_accuracy"] for record in records]):
-        effects, error = estimate_effects(levels, results)
+        effects, error = estimate_effects(levels_of_runs(), results)
         columns.append([f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects])
+    labels = [[MEANINGS[factor], f"{low:.3g} to {high:.3g}"]
+              for factor, (low, high) in FACTORS.items()]
+    labels.append(["Muon's rate and momentum", "both or none high to one high"])
     rows = [["constant", "change", "accuracy", "flip TTA"]]
-    for number, (factor, (low, high)) in enumerate(FACTORS.items()):
-        cells = [column[number] for column in columns]
-        rows.append([MEANINGS[factor], f"{low:.3g} to {high:.3g}", *cells])
+    for label, *effects in zip(labels, *columns):
+        rows.append([*label, *effects])
+    return rows
+
+
+def table_of_pairs():
+    """Return the table of the means for each pair of Muon's rate and momentum."""
+    rows = [["momentum", "highest rate", "accuracy", "flip TTA"]]
+    for momentum, rate in itertools.product(FACTORS["momentum"], FACTORS["muon_lr"]):
+        records = [load_record(name) for name, values in RUNS.items()
+                   if (values["momentum"], values["muon_lr"]) == (momentum, rate)]
+        accuracy = np.mean([record["accuracies"][-1] for record in records])
+        tta_accuracy = np.mean([record["tta_accuracy"] for record in records])
+        rows.append([f"{momentum:g}", f"{rate:g}", f"{100 * accuracy:.2f}",
+                     f"{100 * tta_accuracy:.2f}"])
     return rows
 
 

@@ -133,7 +133,8 @@ TABLES = {
 STUDIES = {  # the functions that make these tables, from the records in results/NAME/
     "finder-cases": finder.table_of_cases,
     "finder-means": finder.table_of_means,
-    "muon-tuning": muon_tuning.table_of_effects,
+    "muon-effects": muon_tuning.table_of_effects,
+    "muon-pairs": muon_tuning.table_of_pairs,
 }
 
 
