@@ -58,11 +58,6 @@ def resnet18():
     return torchvision.models.resnet18(num_classes=10)
 
 
-def mobilenet():
-    """Return the small MobileNetV3 of torchvision, which is made for larger images."""
-    return torchvision.models.mobilenet_v3_small(num_classes=10)
-
-
 def tutorial_network():
     """Return a network like that of PyTorch's first tutorial: small, without BatchNorm."""
     return nn.Sequential(
@@ -130,8 +125,6 @@ HELD_BACK = {  # and then tried on these
                                 model=narrow_resnet, optimizer=nesterov),
     "narrow-60-classes": Case(rate=0.03, images=4_000, num_classes=60, relabel=sixty_classes,
                               model=functools.partial(narrow_resnet, 60)),
-    "resnet18-adamw": Case(rate=0.008, images=2_500, model=resnet18, optimizer=AdamW),
-    "mobilenet": Case(rate=0.008, images=2_500, model=mobilenet, optimizer=AdamW),
     "tutorial": Case(rate=0.05, images=2_500, epochs=8, model=tutorial_network,
                      optimizer=nesterov),
     "perceptron": Case(rate=0.004, images=2_500, model=perceptron, optimizer=AdamW),
