@@ -343,7 +343,9 @@ def check_split(name, split, num_classes):
 # 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
 # none of the sweep's batches.
 SWEEP_EPOCH = 900_000
-SEED_STRIDE = 1_000_003  # more than all these epochs, so that seeds up to 4,000 share none
+# A stride above all these epochs, so that two seeds share none. This holds up to seed 4,000,
+# because the CPU's generator keeps only 32 bits of the number that it is given.
+SEED_STRIDE = 1_000_003
 
 
 def epoch_generator(seed, epoch, device):
@@ -787,7 +789,7 @@ def cpu_capabilities():
     """Return what PyTorch knows of the CPU, a dictionary."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    # PyTorch 2.7 to 2.10. All CPUs that have amx_bf16 have this, too.
+    # PyTorch 2.7 to 2.10 lack this function. A CPU with amx_bf16 has avx512_bf16, too.
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
@@ -2158,12 +2160,12 @@ def finish_run(recorder, classes):
 def print_interruption(options):
     """Print what is left of a run that was interrupted, and how it can be continued."""
     print(f"stopped  {options.output} has the epochs that were completed")
-    if options.checkpoint is not None and Path(options.checkpoint).is_file():
-        print(f"         the same command continues from {options.checkpoint}")
-    elif options.checkpoint is not None:
-        print("         the same command begins anew, because the sweep did not end")
-    else:
+    if options.checkpoint is None:
         print("         it cannot be continued; a run with --checkpoint FILE could be")
+    elif Path(options.checkpoint).is_file():
+        print(f"         the same command continues from {options.checkpoint}")
+    else:
+        print("         the same command begins anew, because the sweep did not end")
 
 
 def main(argv=None):

@@ -1,6 +1,6 @@
 """Judge rules that read a learning rate off a sweep, by the accuracy that they lead to.
 
-    python results/finder.py CASE ...   measure these cases; without CASE, all of them
+    python results/finder.py NAME ...   measure these cases; without NAME, all of them
 
 A case is trained on a few images of CIFAR-10 at six fixed learning rates. Its record,
 results/finder/CASE.json, has the accuracies and the sweeps of several seeds. So a rule is
@@ -170,9 +170,21 @@ def final_accuracy(run, lr_max):
     return last["test_accuracy"]
 
 
+def split_training_images(data_dir, image_count, held_out_count):
+    """Return two Splits of CIFAR-10's training images: the first ones, and the last ones."""
+    training, _, _ = train.load_cifar10(data_dir)
+    held_out = train.take_images(training, slice(-held_out_count, None))
+    return train.take_images(training, slice(image_count)), held_out
+
+
 def record_path(name):
     """Return the file of a case's record."""
     return HERE / "finder" / f"{name}.json"
+
+
+def write_record(path, record):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load_record(name):
@@ -185,12 +197,10 @@ def measure(name, data_dir, with_training=True):
     Without `with_training`, the trainings of the old record stay.
     """
     case = CASES[name]
-    training, _, _ = train.load_cifar10(data_dir)
-    held_out = train.take_images(training, slice(-HELD_OUT, None))
-    training = train.take_images(training, slice(case.images))
+    training, held_out = split_training_images(data_dir, case.images, HELD_OUT)
     if case.relabel:
-        held_out = case.relabel(held_out)
         training = case.relabel(training)
+        held_out = case.relabel(held_out)
     record = {} if with_training else load_record(name)
     record["sweeps"] = []
     for seed in SWEEP_SEEDS:
@@ -207,8 +217,7 @@ def measure(name, data_dir, with_training=True):
                     {"seed": seed, "lr_max": case.rate * ratio, "accuracy": accuracy})
                 print(name, record["runs"][-1], flush=True)
         record["environment"] = train.describe_environment(run)
-    record_path(name).parent.mkdir(exist_ok=True)
-    record_path(name).write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record_path(name), record)
 
 
 # ---- Judging the rules -------------------------------------------------------------------
@@ -290,17 +299,29 @@ def draw(name):
     figure.savefig(record_path(name).with_suffix(".png"))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
-    parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
+def parse_names(parser, known):
+    """Parse the command line of a study. Return its options.
+
+    Their `names` are the names that were given, or all that are known. An unknown name ends
+    the process.
+    """
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--data-dir", default=HERE.parent / "data")
     options = parser.parse_args()
-    for name in options.cases:
-        if name not in CASES:
-            parser.error(f"no case {name}. The cases are {', '.join(CASES)}")
-    for name in options.cases or CASES:
+    for name in options.names:
+        if name not in known:
+            parser.error(f"{name} is not one of {', '.join(known)}")
+    if not options.names:
+        options.names = list(known)
+    return options
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
+    parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
+    options = parse_names(parser, CASES)
+    for name in options.names:
         if options.draw:
             draw(name)
         else:

@@ -135,8 +135,7 @@ def estimate_effects(levels, results):
     It is estimated by least squares. The error comes from what all effects together leave
     unexplained. It is the same for all columns, because each has a 1 in half of the runs.
     """
-    levels = np.asarray(levels, dtype=float)
-    results = np.asarray(results, dtype=float)
+    results = np.asarray(results)
     runs, columns = levels.shape
     design = np.column_stack([np.ones(runs), levels])
     coefficients, *_ = np.linalg.lstsq(design, results, rcond=None)
@@ -148,18 +147,22 @@ def estimate_effects(levels, results):
 def table_of_effects():
     """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
     records = [load_record(name) for name in RUNS]
-    columns = []
-    for results in ([record["accuracies"][-1] for record in records],
-                    [record["tta_accuracy"] for record in records]):
-        effects, error = estimate_effects(levels_of_runs(), results)
-        columns.append([f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects])
-    labels = [[MEANINGS[factor], f"{low:.3g} to {high:.3g}"]
-              for factor, (low, high) in FACTORS.items()]
-    labels.append(["Muon's rate and momentum", "both or none high to one high"])
+    accuracy_cells = cells_of_effects([record["accuracies"][-1] for record in records])
+    tta_cells = cells_of_effects([record["tta_accuracy"] for record in records])
+    labels = []
+    for factor, (low, high) in FACTORS.items():
+        labels.append([MEANINGS[factor], f"{low:.3g} to {high:.3g}"])
+    labels.append(["Muon's rate and momentum", "both low or both high, to only one high"])
     rows = [["constant", "change", "accuracy", "flip TTA"]]
-    for label, *effects in zip(labels, *columns):
-        rows.append([*label, *effects])
+    for label, accuracy_cell, tta_cell in zip(labels, accuracy_cells, tta_cells):
+        rows.append([*label, accuracy_cell, tta_cell])
     return rows
+
+
+def cells_of_effects(accuracies):
+    """Return the effects on the accuracies of the runs as texts, in points, with the error."""
+    effects, error = estimate_effects(levels_of_runs(), accuracies)
+    return [f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects]
 
 
 def table_of_pairs():
@@ -179,22 +182,15 @@ def table_of_pairs():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="NAME")
-    parser.add_argument("--data-dir", default=HERE.parent / "data")
-    options = parser.parse_args()
-    for name in options.runs:
-        if name not in RUNS:
-            parser.error(f"no run {name}. The runs are {', '.join(RUNS)}")
-    training, _, _ = train.load_cifar10(options.data_dir)
-    held_out = train.take_images(training, slice(-HELD_OUT, None))
-    training = train.take_images(training, slice(TRAINING_IMAGES))
-    for name in options.runs or RUNS:
+    options = finder.parse_names(parser, RUNS)
+    training, held_out = finder.split_training_images(
+        options.data_dir, TRAINING_IMAGES, HELD_OUT)
+    for name in options.names:
         if record_path(name).exists():
             continue
         seed = list(RUNS).index(name)  # each run has its own
         record = train_run(RUNS[name], training, held_out, seed)
-        record_path(name).parent.mkdir(exist_ok=True)
-        record_path(name).write_text(json.dumps(record, indent=1) + "\n")
+        finder.write_record(record_path(name), record)
         print(name, record["accuracies"], record["tta_accuracy"], flush=True)
 
 
