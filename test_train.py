@@ -2369,7 +2369,7 @@ def saved_state(path):
 
 
 @pytest.mark.parametrize("recipe", [
-    "tuned --ema-epochs 2", "fast --optimizer muon --ema-epochs 2", "plain"])
+    "tuned --ema-epochs 2", "fast --ema-epochs 2", "plain"])
 def test_a_run_interrupted_in_an_epoch_ends_bit_for_bit_as_an_undisturbed_one(
         quick_workplace, monkeypatch, recipe):
     command = ["--recipe", *recipe.split(), "--epochs", 5, *RATES, "--checkpoint"]
@@ -2515,7 +2515,8 @@ def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
                         "evaluated_on test images, not held-out training images"),
     (["--cutout", 3], "cutout 8, not 3"),
     (["--optimizer", "muon"], "optimizer adam, not muon"),
-    (["--recipe", "fast"], "ema_epochs 0.5, not 0.25; padding 4, not 2; cutout 8, not 0"),
+    (["--recipe", "fast"], "optimizer adam, not muon; ema_epochs 0.5, not 0.25; "
+                           "padding 4, not 2; cutout 8, not 0"),
     (["--lr-max", 0.02], "lr_max 0.01, not 0.02"),
     (["--precision", "bf16"], "precision fp32, not bf16")])
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do(
