@@ -507,7 +507,7 @@ def whiten_patches(model, images):
 # ---- Optimizers: Adam, and Muon (K. Jordan, Muon: An optimizer for hidden layers, 2024)
 
 MUON_MOMENTUM = 0.6
-MUON_LR_FACTOR = 5 / 3  # Muon's learning rate / Adam's
+MUON_LR_FACTOR = 7 / 3  # Muon's learning rate / Adam's
 NEWTON_SCHULZ_STEPS = 3
 
 
