@@ -4287,14 +4287,14 @@ def test_the_snippet_for_many_seeds_trains_each_to_the_end(snippet_outputs):
 
 # ---- results/: tables and text say what the reports say --------------------------------
 
-# What others reported, and the link that has to stand beside it; figures of commit 8bd2076.
+# What others reported, and the link that has to stand beside it; figures of older commits.
 REPORTED = {
     "90.98": "github.com/nanekja/pytorch_utils",
     "93.07": "github.com/jaiyesh/tsai-era",
     "94.08": "github.com/davidcpage/cifar10-fast",
     "94.02": "johanwind.github.io/2022/12/28/cifar_94.html",
 }
-EARLIER = {"91.10", "93.34"}
+EARLIER = {"91.10", "94.17"}  # of the commits 8bd2076 and 6558edc
 REPORTS = tables.HERE  # some tests write reports elsewhere
 
 
@@ -4379,10 +4379,8 @@ def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
 
 
 def test_todays_rule_finds_the_rates_that_the_runs_used(shown_reports):
-    # The runs of the folder muon/ are of an earlier rule, as the text says.
-    swept = [report for path, report in shown_reports.items()
-             if report["epochs"] and report["rates"]["lr_max_from"] == "sweep"
-             and not path.startswith("muon/")]
+    swept = [report for report in shown_reports.values()
+             if report["epochs"] and report["rates"]["lr_max_from"] == "sweep"]
     assert len(swept) > 10
     for report in swept:
         (found,) = tables.found_rates({"": report})
@@ -4424,16 +4422,6 @@ def test_runs_on_two_models_of_cpu_share_a_row_but_not_a_cell_of_times(written_r
     assert tables.accuracy_cell(row) == "90.00 ± 0.00 (n=2)"
     with pytest.raises(ValueError, match="unlike"):
         tables.time_cell(row, "total_seconds")
-
-
-def test_runs_of_a_tuning_study_may_differ_in_their_recipes_alone(written_row):
-    other = report_with(0.9, "recipe", padding=1)
-    row = written_row(report_with(0.9), other, folder="fast-tuning")
-    assert len(row) == 2
-    other["environment"]["precision"] = "fp16"
-    (tables.HERE / "fast-tuning" / "1.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="unlike"):
-        tables.load_row("fast-tuning/*")
 
 
 def test_a_report_without_a_field_of_the_recipe_is_refused(written_row):
@@ -4504,8 +4492,9 @@ def test_epochs_to_a_goal_are_shown_from_first_to_last(epochs, shown):
     assert tables.make_cell("94% at epoch", [row], 0) == shown
 
 
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))
+def test_a_distance_between_rows_of_one_run_is_refused():
+    with pytest.raises(ValueError, match="needs a row with two runs"):
+        tables.make_cell("gain", [row_with(9420), row_with(9430)], 1)
 
 
 # A sweep of 60 steps: the loss rises a little for 20 of them, falls from 2 to 1 in 20, and
@@ -4572,6 +4561,14 @@ def test_a_regret_is_the_mean_over_the_sweeps(finder_case):
     assert regret == pytest.approx(20)
 
 
+@pytest.mark.parametrize("picks, cell", [
+    ([0.001, 0.1], "35.0"), ([0.01, 0.2], "20.0*"), ([0.0005, 0.01], "15.0*")])
+def test_a_regret_has_a_star_if_a_rate_was_picked_beyond_the_measured_ones(
+        finder_case, picks, cell):
+    endless = itertools.cycle(picks)
+    assert finder.regret_cell(finder_case, lambda lrs, losses, steps: next(endless)) == cell
+
+
 def test_a_rule_is_told_the_steps_of_the_training(finder_case):
     told = []
 
@@ -4609,11 +4606,31 @@ def test_a_case_can_be_swept_and_trained(finder_case, monkeypatch):
     monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
     case = finder.Case(rate=0.01, images=50, batch_size=25, epochs=1, model=linear_classifier)
     monkeypatch.setattr(finder, "CASES", {"case": case})
+    monkeypatch.setattr(finder, "HELD_OUT", 40)
     finder.measure("case", "data")
     test_a_case_has_a_record_of_all_its_sweeps_and_runs("case")
     measured = finder.load_record("case")
     finder.measure("case", "data", with_training=False)
     assert finder.load_record("case")["runs"] == measured["runs"]
+
+
+def test_a_case_that_diverges_has_the_accuracy_of_chance(monkeypatch):
+    def diverge(run, rates):
+        raise train.Diverged("the loss became NaN")
+        yield
+
+    monkeypatch.setattr(train, "train_epochs", diverge)
+    case = finder.Case(rate=0.01, num_classes=60)
+    assert finder.final_accuracy(case, None, 0.01) == 1 / 60
+
+
+def test_training_images_that_are_held_out_too_are_refused(monkeypatch):
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    training, held_out = finder.split_training_images("data", 60, 40)
+    assert torch.equal(torch.cat([training.labels, held_out.labels]), split.labels)
+    with pytest.raises(ValueError, match="61 training images and 40 held-out ones"):
+        finder.split_training_images("data", 61, 40)
 
 
 # ---- The study that tunes Muon -----------------------------------------------------------
@@ -4672,8 +4689,14 @@ def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
 @pytest.mark.parametrize("name", muon_tuning.RUNS)
 def test_a_run_of_the_factorial_has_a_record(name):
     record = muon_tuning.load_record(name)
-    assert record["values"] == muon_tuning.RUNS[name]
     assert len(record["accuracies"]) == muon_tuning.EPOCHS
+
+
+def test_a_record_of_other_values_is_refused(monkeypatch):
+    name = next(iter(muon_tuning.RUNS))
+    monkeypatch.setitem(muon_tuning.RUNS, name, {"momentum": 0.9})
+    with pytest.raises(ValueError, match="has other values than FACTORS"):
+        muon_tuning.load_record(name)
 
 
 def test_a_run_of_the_factorial_trains_with_its_values(monkeypatch):
@@ -4705,3 +4728,7 @@ def test_the_narrow_network_begins_by_passing_its_input_on():
     images = torch.rand(1, 32, 8, 8)
     block = network[2].residual[0]  # a convolution that has as many outputs as inputs
     assert torch.equal(block[0](images), images)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -2,8 +2,9 @@
 
     python results/finder.py NAME ...   measure these cases; without NAME, all of them
 
-A case is trained on a few images of CIFAR-10 at six fixed learning rates. Its record,
-results/finder/CASE.json, has the accuracies and the sweeps of several seeds. So a rule is
+A case is trained on a few images of CIFAR-10 at six fixed learning rates, on the CPU and in
+fp32, so that all machines can repeat it. Its record, results/finder/CASE.json, has the
+accuracies and the sweeps of several seeds. So a rule is
 judged afterwards, without training: add yours to RULES in rules.py. `tables.py` makes the
 table of all rules and cases.
 """
@@ -137,8 +138,8 @@ CASES = {**CHOSEN_ON, **HELD_BACK}
 def start(case, training, held_out, seed):
     """Return a Run of a case."""
     recipe = dataclasses.replace(case.recipe, epochs=case.epochs, batch_size=case.batch_size)
-    run = train.start_run(recipe, training, held_out, seed, model=case.model,
-                          num_classes=case.num_classes)
+    run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
+                          model=case.model, num_classes=case.num_classes)
     if case.optimizer:
         run.optimizer = case.optimizer(run.model.parameters())
     return run
@@ -160,19 +161,25 @@ def sweep(run):
     return {"seed": run.seed, "lr": lrs, "loss": losses}
 
 
-def final_accuracy(run, lr_max):
+def final_accuracy(case, run, lr_max):
     """Train with LRMAX `lr_max`; return the last accuracy, or that of chance if it diverges."""
     rates = train.Rates(lr_max / train.LR_RATIO, lr_max)
     try:
         *_, last = train.train_epochs(run, rates)
     except train.Diverged:
-        return 0.1
+        return 1 / case.num_classes
     return last["test_accuracy"]
 
 
 def split_training_images(data_dir, image_count, held_out_count):
-    """Return two Splits of CIFAR-10's training images: the first ones, and the last ones."""
+    """Return two Splits of CIFAR-10's training images: the first ones, and the last ones.
+
+    Raise ValueError if they would share images.
+    """
     training, _, _ = train.load_cifar10(data_dir)
+    if image_count + held_out_count > len(training.labels):
+        raise ValueError(f"{image_count} training images and {held_out_count} held-out ones "
+                         f"are more than the {len(training.labels)} that there are")
     held_out = train.take_images(training, slice(-held_out_count, None))
     return train.take_images(training, slice(image_count)), held_out
 
@@ -212,7 +219,7 @@ def measure(name, data_dir, with_training=True):
         for ratio in RATIOS:
             for seed in case.seeds:
                 run = start(case, training, held_out, seed)
-                accuracy = final_accuracy(run, case.rate * ratio)
+                accuracy = final_accuracy(case, run, case.rate * ratio)
                 record["runs"].append(
                     {"seed": seed, "lr_max": case.rate * ratio, "accuracy": accuracy})
                 print(name, record["runs"][-1], flush=True)
@@ -243,12 +250,25 @@ def regret(name, rule):
     """Return how many points of accuracy a rule loses against the best rate of the case.
 
     Between two rates, the accuracy is interpolated over the logarithm of the rate. Beyond
-    the lowest and the highest one, it is taken to be as there.
+    the lowest and the highest one, it is taken to be as there, see `is_beyond`.
     """
     rates, accuracies = mean_accuracies(load_record(name))
     picked = np.log(picked_rates(name, rule))
     reached = np.interp(picked, np.log(rates), accuracies)
     return max(0.0, 100 * (max(accuracies) - reached.mean()))  # never -0.0
+
+
+def is_beyond(name, rule):
+    """Tell whether a rule picks a rate beyond those at which the case was trained."""
+    rates, _ = mean_accuracies(load_record(name))
+    picked = picked_rates(name, rule)
+    return min(picked) < rates[0] or max(picked) > rates[-1]
+
+
+def regret_cell(name, rule):
+    """Return a regret as text, with a star if it is not measured, because of `is_beyond`."""
+    star = "*" if is_beyond(name, rule) else ""
+    return f"{regret(name, rule):.1f}{star}"
 
 
 def table_of_cases():
@@ -258,15 +278,18 @@ def table_of_cases():
         rates, accuracies = mean_accuracies(load_record(name))
         best = rates[int(np.argmax(accuracies))]
         picked = picked_rates(name, rules.ours)
-        regrets = [f"{regret(name, rule):.1f}" for rule in rules.RULES.values()]
-        rows.append([name, f"{best:.3g}", f"{min(picked):.2g} to {max(picked):.2g}", *regrets])
+        lowest = f"{min(picked):.2g}"
+        highest = f"{max(picked):.2g}"
+        lr_max = lowest if lowest == highest else f"{lowest} to {highest}"
+        cells = [regret_cell(name, rule) for rule in rules.RULES.values()]
+        rows.append([name, f"{best:.3g}", lr_max, *cells])
     return rows
 
 
 def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
-    for kind, cases in (("cases of the choice", CHOSEN_ON), ("other cases", HELD_BACK)):
+    for kind, cases in (("cases used for the choice", CHOSEN_ON), ("new cases", HELD_BACK)):
         title = f"{len(cases)} {kind}"
         regrets = []  # a row for each rule
         for rule in rules.RULES.values():

@@ -3,8 +3,8 @@
     python results/muon_tuning.py NAME ...     train these runs; without NAME, all of them
 
 The narrow network is the custom ResNet with a quarter of the channels. It is trained with the
-recipe `fast` and Muon for 6 epochs, on 30,000 training images of CIFAR-10, and evaluated on
-10,000 others. The runs are a fractional factorial: 16 of the 64 combinations of six factors,
+recipe `fast` on 30,000 training images of CIFAR-10, and evaluated on 10,000 others, on the CPU
+and in fp32, so that all machines can repeat it. The runs are a fractional factorial: 16 of the 64 combinations of six factors,
 so that each factor has each of its two values in eight runs. Each run writes a record,
 results/muon-tuning/NAME.json, and a run whose record is there is not repeated.
 """
@@ -91,7 +91,8 @@ def train_run(values, training, held_out, seed):
     recipe = dataclasses.replace(
         train.RECIPES["fast"], epochs=EPOCHS, optimizer="muon",
         peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
-    run = train.start_run(recipe, training, held_out, seed, model=NarrowResNet)
+    run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
+                          model=NarrowResNet)
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
     rows = list(train.train_epochs(run, rates))
     return {
@@ -111,7 +112,11 @@ def record_path(name):
 
 
 def load_record(name):
-    return json.loads(record_path(name).read_text())
+    """Return the record of a run. Raise ValueError if the run had other values."""
+    record = json.loads(record_path(name).read_text())
+    if record["values"] != RUNS[name]:
+        raise ValueError(f"{record_path(name)} has other values than FACTORS; delete it")
+    return record
 
 
 # ---- What each factor does ---------------------------------------------------------------
@@ -120,7 +125,8 @@ def levels_of_runs():
     """Return which value each factor has in each run, 0 or 1: an array (runs, factors + 1).
 
     The last column is 1 where only one of Muon's rate and momentum has its higher value. Both
-    make steps larger, so one of them may need the other one to be low.
+    move the weights farther: a higher rate by larger steps, more momentum by steps that point
+    in more similar directions. So one of them may need the other one to be low.
     """
     levels = np.array([[int(digit) for digit in name] for name in RUNS])
     names = list(FACTORS)
@@ -133,7 +139,8 @@ def estimate_effects(levels, results):
 
     An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
     It is estimated by least squares. The error comes from what all effects together leave
-    unexplained. It is the same for all columns, because each has a 1 in half of the runs.
+    unexplained. It is the same for all columns, because each has a 1 in half of the runs and
+    no two columns are correlated.
     """
     results = np.asarray(results)
     runs, columns = levels.shape
@@ -187,6 +194,7 @@ def main():
         options.data_dir, TRAINING_IMAGES, HELD_OUT)
     for name in options.names:
         if record_path(name).exists():
+            load_record(name)  # it has to be of the same run
             continue
         seed = list(RUNS).index(name)  # each run has its own
         record = train_run(RUNS[name], training, held_out, seed)
