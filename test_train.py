@@ -4346,11 +4346,11 @@ def written_row(tmp_path, monkeypatch):
     """Return a function that writes reports and loads them as a row."""
     monkeypatch.setattr(tables, "HERE", tmp_path)
 
-    def write_and_load(*reports, folder="study"):
-        (tmp_path / folder).mkdir()
+    def write_and_load(*reports):
+        (tmp_path / "study").mkdir()
         for number, report in enumerate(reports):
-            (tmp_path / folder / f"{number}.json").write_text(json.dumps(report))
-        return tables.load_row(f"{folder}/*")
+            (tmp_path / "study" / f"{number}.json").write_text(json.dumps(report))
+        return tables.load_row("study/*")
     return write_and_load
 
 
@@ -4689,6 +4689,7 @@ def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
 @pytest.mark.parametrize("name", muon_tuning.RUNS)
 def test_a_run_of_the_factorial_has_a_record(name):
     record = muon_tuning.load_record(name)
+    assert record["values"] == muon_tuning.RUNS[name]
     assert len(record["accuracies"]) == muon_tuning.EPOCHS
 
 

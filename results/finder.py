@@ -4,9 +4,8 @@
 
 A case is trained on a few images of CIFAR-10 at six fixed learning rates, on the CPU and in
 fp32, so that all machines can repeat it. Its record, results/finder/CASE.json, has the
-accuracies and the sweeps of several seeds. So a rule is
-judged afterwards, without training: add yours to RULES in rules.py. `tables.py` makes the
-table of all rules and cases.
+accuracies and the sweeps of several seeds. So a rule is judged afterwards, without training:
+add yours to RULES in rules.py. `tables.py` makes the table of all rules and cases.
 """
 
 import argparse
@@ -250,7 +249,7 @@ def regret(name, rule):
     """Return how many points of accuracy a rule loses against the best rate of the case.
 
     Between two rates, the accuracy is interpolated over the logarithm of the rate. Beyond
-    the lowest and the highest one, it is taken to be as there, see `is_beyond`.
+    the lowest and the highest one, it is taken to be as there.
     """
     rates, accuracies = mean_accuracies(load_record(name))
     picked = np.log(picked_rates(name, rule))
@@ -266,9 +265,18 @@ def is_beyond(name, rule):
 
 
 def regret_cell(name, rule):
-    """Return a regret as text, with a star if it is not measured, because of `is_beyond`."""
+    """Return a regret as text; a star says that a rate was picked beyond the measured ones."""
     star = "*" if is_beyond(name, rule) else ""
     return f"{regret(name, rule):.1f}{star}"
+
+
+def span(numbers, form="{:.3g}"):
+    """Return the smallest and the largest number as text, or one if they look alike."""
+    lowest = form.format(min(numbers))
+    highest = form.format(max(numbers))
+    if lowest == highest:
+        return lowest
+    return f"{lowest} to {highest}"
 
 
 def table_of_cases():
@@ -278,11 +286,8 @@ def table_of_cases():
         rates, accuracies = mean_accuracies(load_record(name))
         best = rates[int(np.argmax(accuracies))]
         picked = picked_rates(name, rules.ours)
-        lowest = f"{min(picked):.2g}"
-        highest = f"{max(picked):.2g}"
-        lr_max = lowest if lowest == highest else f"{lowest} to {highest}"
         cells = [regret_cell(name, rule) for rule in rules.RULES.values()]
-        rows.append([name, f"{best:.3g}", lr_max, *cells])
+        rows.append([name, f"{best:.3g}", span(picked, "{:.2g}"), *cells])
     return rows
 
 

@@ -4,9 +4,10 @@
 
 The narrow network is the custom ResNet with a quarter of the channels. It is trained with the
 recipe `fast` on 30,000 training images of CIFAR-10, and evaluated on 10,000 others, on the CPU
-and in fp32, so that all machines can repeat it. The runs are a fractional factorial: 16 of the 64 combinations of six factors,
-so that each factor has each of its two values in eight runs. Each run writes a record,
-results/muon-tuning/NAME.json, and a run whose record is there is not repeated.
+and in fp32, so that all machines can repeat it. The runs are a fractional factorial: 16 of the
+64 combinations of six factors, so that each factor has each of its two values in eight runs.
+Each run writes a record, results/muon-tuning/NAME.json, and a run whose record is there is not
+repeated.
 """
 
 import argparse

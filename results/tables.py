@@ -204,15 +204,6 @@ def percent(fraction):
     return f"{100 * fraction + 1e-9:.2f}"
 
 
-def span(numbers, form="{:.3g}"):
-    """Return the smallest and the largest number as text, or one if they look alike."""
-    lowest = form.format(min(numbers))
-    highest = form.format(max(numbers))
-    if lowest == highest:
-        return lowest
-    return f"{lowest} to {highest}"
-
-
 def accuracy_cell(row):
     """Return the mean accuracy of the runs, their standard deviation and their number."""
     accuracies = values(row)
@@ -239,7 +230,7 @@ def seeds_cell(row):
 
 def lr_max_cell(row):
     """Return the lowest and the highest LRMAX that the runs used."""
-    return span([report["rates"]["lr_max"] for report in row.values()])
+    return finder.span([report["rates"]["lr_max"] for report in row.values()])
 
 
 def epoch_cell(row, goal):
@@ -250,13 +241,13 @@ def epoch_cell(row, goal):
             epochs.append(math.inf)
         else:
             epochs.append(first_epochs[goal])
-    return span(epochs).replace("inf", "never")
+    return finder.span(epochs).replace("inf", "never")
 
 
 def time_cell(row, key, unit=1):
     """Return how long the runs took; `unit` is 1 for seconds and 60 for minutes."""
     check_alike(row, machine)  # times of different machines do not belong in one cell
-    return span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
+    return finder.span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
 def training_steps(report):
@@ -292,7 +283,7 @@ CELLS = {
     "sweep, s": lambda row: time_cell(row, "sweep_seconds"),
     "seconds": lambda row: time_cell(row, "total_seconds"),
     "minutes": lambda row: time_cell(row, "total_seconds", 60),
-    "LRMAX found": lambda row: span(found_rates(row)),
+    "LRMAX found": lambda row: finder.span(found_rates(row)),
     "largest / smallest": spread_cell,
 }
 
