@@ -1950,7 +1950,7 @@ def test_steps_with_muon_against_muon_in_numpy_and_adam_of_pytorch():
             group.update(lr=lr, betas=(beta1, 0.999))
         adam.step()
         for layer, muon in zip(convolutions, muons):
-            muon.step(layer.weight.grad.double().numpy(), lr * 7 / 3)
+            muon.step(layer.weight.grad.double().numpy(), lr * 5 / 3)
             layer.weight.data = torch.from_numpy(muon.weight).float()
         result = train.train_step(run, images, labels, lr, beta1)
         torch.testing.assert_close(result, expected)
@@ -1975,7 +1975,7 @@ def test_muons_rate_is_seven_thirds_of_the_scheduled_one():
     run = muon_run(epochs=2)
     planned = planned_rates(run, 2)
     steps = groups_of_each_step(run)
-    for group, factor in enumerate((1, 1, 7 / 3)):
+    for group, factor in enumerate((1, 1, 5 / 3)):
         assert [groups[group]["lr"] for groups in steps] == pytest.approx(
             [factor * lr for lr, _ in planned])
 
