@@ -1971,7 +1971,7 @@ def test_muon_has_the_weights_of_all_convolutions_but_the_first_and_adam_the_res
     assert len(vectors["params"]) == 2 * 8 + 1  # of eight BatchNorms and the last layer
 
 
-def test_muons_rate_is_seven_thirds_of_the_scheduled_one():
+def test_muons_rate_is_five_thirds_of_the_scheduled_one():
     run = muon_run(epochs=2)
     planned = planned_rates(run, 2)
     steps = groups_of_each_step(run)

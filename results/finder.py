@@ -89,6 +89,10 @@ def plain_sgd(parameters):
     return torch.optim.SGD(parameters, lr=1)
 
 
+def rmsprop(parameters):
+    return torch.optim.RMSprop(parameters, lr=1)
+
+
 @dataclasses.dataclass
 class Case:
     """What is trained."""
@@ -105,7 +109,7 @@ class Case:
 
 
 AdamW = torch.optim.AdamW  # with PyTorch's epsilon, 1e-8
-CHOSEN_ON = {  # the rule of train.py was chosen with these cases
+CHOSEN_ON = {  # the rule of train.py was chosen with these cases,
     "narrow": Case(rate=0.06, model=narrow_resnet),
     "narrow-adamw": Case(rate=0.016, model=narrow_resnet, optimizer=AdamW),
     "narrow-plain": Case(rate=0.016, model=narrow_resnet, recipe=train.RECIPES["plain"]),
@@ -118,8 +122,6 @@ CHOSEN_ON = {  # the rule of train.py was chosen with these cases
     "narrow-adamw-128": Case(rate=0.016, images=10_000, batch_size=128, epochs=3, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
     "resnet18": Case(rate=0.05, images=2_500, model=resnet18, optimizer=nesterov),
-}
-HELD_BACK = {  # and then tried on these
     "narrow-8-epochs": Case(rate=0.03, epochs=8, model=narrow_resnet),
     "narrow-nesterov-256": Case(rate=0.03, images=5_000, batch_size=256, epochs=6, seeds=(0,),
                                 model=narrow_resnet, optimizer=nesterov),
@@ -128,6 +130,17 @@ HELD_BACK = {  # and then tried on these
     "tutorial": Case(rate=0.05, images=2_500, epochs=8, model=tutorial_network,
                      optimizer=nesterov),
     "perceptron": Case(rate=0.004, images=2_500, model=perceptron, optimizer=AdamW),
+}
+HELD_BACK = {  # and then tried on these
+    "narrow-1-epoch": Case(rate=0.03, epochs=1, model=narrow_resnet),
+    "narrow-adamw-16-epochs": Case(rate=0.016, epochs=16, model=narrow_resnet,
+                                   optimizer=AdamW),
+    "narrow-rmsprop": Case(rate=0.008, model=narrow_resnet, optimizer=rmsprop),
+    "recipe-muon": Case(rate=0.06, epochs=3, recipe=train.RECIPES["fast"], seeds=(0,)),
+    "perceptron-nesterov": Case(rate=0.05, images=2_500, model=perceptron,
+                                optimizer=nesterov),
+    "vit-nesterov": Case(rate=0.1, images=2_500, model=small_vit, optimizer=nesterov),
+    "resnet18-adamw": Case(rate=0.004, images=2_500, model=resnet18, optimizer=AdamW),
 }
 CASES = {**CHOSEN_ON, **HELD_BACK}
 
