@@ -6,6 +6,7 @@ They need no GPU, no network and no data set: they write small files in CIFAR-10
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -834,27 +835,41 @@ SWEPT_RATES = [10.0 ** exponent for exponent in range(-8, 1)]
 SWEPT_LOSSES = [3.0, 2.9, 1.02, 1.04, 1.0, 1.02, 1.025, 1.01, 1.6]
 
 
-@pytest.mark.parametrize("training_steps", [0, 10**12])  # not known; very many
-def test_lr_max_is_twice_the_last_rate_before_the_loss_rises_by_3_percent(training_steps):
-    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, training_steps)
+@pytest.mark.parametrize("adam_steps", [0, 10**12])  # no Adam; a long training
+def test_lr_max_is_twice_the_last_rate_before_the_loss_rises_by_3_percent(adam_steps):
+    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, adam_steps)
     assert lr_max == pytest.approx(2 * 1e-1)
     assert lr_min == pytest.approx(lr_max / 300)
 
 
-@pytest.mark.parametrize("training_steps", [100, 10_000])
-def test_in_a_short_training_lr_max_is_near_the_middle_of_the_rates_with_a_low_loss(
-        training_steps):
-    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, training_steps)
+@pytest.mark.parametrize("adam_steps, factor", [(1, 1 / 9), (32, 8 / 9), (1024, 64 / 9)])
+def test_in_a_short_training_with_adam_lr_max_is_near_the_middle_of_the_rates_with_a_low_loss(
+        adam_steps, factor):
+    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, adam_steps)
     middle = 10 ** -3.5  # between 1e-6 and 0.1
-    assert lr_max == pytest.approx(training_steps ** 0.5 / 4 * middle)
+    assert lr_max == pytest.approx(factor * middle)
     assert lr_min == pytest.approx(lr_max / 300)
+
+
+def other_group_with_adam(parameters):
+    """Return Muon's kind of optimizer: one of its two groups has no betas."""
+    adam = torch.optim.Adam(parameters[1:])
+    return train.Muon(parameters[:1], adam)
+
+
+@pytest.mark.parametrize("make_optimizer, is_adam", [
+    (torch.optim.Adam, True), (torch.optim.AdamW, True), (torch.optim.NAdam, True),
+    (functools.partial(torch.optim.SGD, lr=1), False), (other_group_with_adam, False)])
+def test_adam_and_its_relatives_are_known_by_their_betas(make_optimizer, is_adam):
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    assert train.is_adam(make_optimizer(parameters)) == is_adam
 
 
 def test_the_loss_has_fallen_where_it_is_below_a_tenth_of_its_fall():
     losses = [*SWEPT_LOSSES]
     losses[2] = 1.21  # 1 + (3 - 1) / 10 is 1.2
-    _, lr_max = train.read_sweep(SWEPT_RATES, losses, 100)
-    assert lr_max == pytest.approx(10 / 4 * 1e-3)  # the middle between 1e-5 and 0.1
+    _, lr_max = train.read_sweep(SWEPT_RATES, losses, 32)
+    assert lr_max == pytest.approx(8 / 9 * 1e-3)  # the middle between 1e-5 and 0.1
 
 
 def test_after_a_small_fall_a_tenth_of_it_is_the_rise():
@@ -909,9 +924,10 @@ def test_smoothing_removes_noise():
     assert np.std(train.smooth_losses(noise, 16)[8:-8]) < 0.05
 
 
-def sweep_of(monkeypatch, steps_per_epoch, loss_at):
+def sweep_of(monkeypatch, steps_per_epoch, loss_at, make_optimizer=None):
     """Sweep with the losses `loss_at(step, lr)` in place of training.
 
+    The run has 24 epochs, and Adam or the optimizer of `make_optimizer(parameters)`.
     Return what was seen of it: its `rates`, and lists of the `lrs` and `beta1s` of its
     steps and of the `epochs` of its batches.
     """
@@ -930,7 +946,10 @@ def sweep_of(monkeypatch, steps_per_epoch, loss_at):
     monkeypatch.setattr(train, "augmented_batches", batches)
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train.Run, "steps_per_epoch", steps_per_epoch)
-    seen.rates = train.find_rates(small_run(model=linear_classifier))
+    run = small_run(model=linear_classifier)
+    if make_optimizer:
+        run.optimizer = make_optimizer(run.model.parameters())
+    seen.rates = train.find_rates(run)
     return seen
 
 
@@ -969,6 +988,16 @@ def test_the_rates_of_a_sweep_have_its_record(monkeypatch):
     assert sweep["loss"] == pytest.approx(losses)
     assert len(sweep["smoothed_loss"]) == 200
     assert seen.rates.note is None
+
+
+@pytest.mark.parametrize("make_optimizer, adam_steps", [
+    (None, 24), (torch.optim.AdamW, 24), (functools.partial(torch.optim.SGD, lr=1), 0)])
+def test_only_trainings_with_adam_have_a_limit_if_they_are_short(
+        monkeypatch, make_optimizer, adam_steps):
+    rates = sweep_of(monkeypatch, 1, usual_loss, make_optimizer).rates
+    sweep = rates.sweep
+    expected = train.read_sweep(sweep["lr"], sweep["smoothed_loss"], adam_steps)
+    assert (rates.lr_min, rates.lr_max) == expected
 
 
 def test_a_sweep_goes_on_above_1_until_the_loss_rises(monkeypatch):
@@ -4524,8 +4553,8 @@ def test_our_rule_is_that_of_the_script_with_its_limit():
     unlimited = rules.without_limit(STEP_LRS, STEP_LOSSES, 100)
     assert unlimited == 1.0  # the loss never rises
     limited = rules.ours(STEP_LRS, STEP_LOSSES, 1)
-    # The loss is low from about 0.01 to 1. The limit is a quarter of the rate between them.
-    assert limited == pytest.approx(0.1 / 4, rel=0.3)
+    # The loss is low from about 0.01 to 1. The limit is a ninth of the rate between them.
+    assert limited == pytest.approx(0.1 / 9, rel=0.3)
 
 
 def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
@@ -4569,7 +4598,13 @@ def test_a_regret_has_a_star_if_a_rate_was_picked_beyond_the_measured_ones(
     assert finder.regret_cell(finder_case, lambda lrs, losses, steps: next(endless)) == cell
 
 
-def test_a_rule_is_told_the_steps_of_the_training(finder_case):
+@pytest.mark.parametrize("changes, steps", [
+    ({}, 6), ({"optimizer": torch.optim.AdamW}, 6),  # two epochs of three steps
+    ({"optimizer": finder.plain_sgd}, 0), ({"recipe": Recipe(optimizer="muon")}, 0)])
+def test_a_rule_is_told_the_steps_of_a_training_with_adam(
+        finder_case, monkeypatch, changes, steps):
+    case = dataclasses.replace(finder.CASES[finder_case], **changes)
+    monkeypatch.setitem(finder.CASES, finder_case, case)
     told = []
 
     def rule(lrs, losses, steps):
@@ -4577,7 +4612,7 @@ def test_a_rule_is_told_the_steps_of_the_training(finder_case):
         return 0.01
 
     finder.picked_rates(finder_case, rule)
-    assert told == [([1e-3, 1e-2], [2.0, 1.0], 6)] * 2  # two epochs of three steps
+    assert told == [([1e-3, 1e-2], [2.0, 1.0], steps)] * 2
 
 
 @pytest.mark.parametrize("name", finder.CASES)

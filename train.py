@@ -1052,9 +1052,10 @@ SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
 RISE = 0.03  # the loss has risen when it is 3% above its lowest value,
 FALL_PART = 0.1  # or above it by 10% of its fall; nearer to it, the loss is low
-# A short training cannot recover from high rates. The factor and the root in `read_sweep`
-# were fitted to the cases of results/finder.py.
-SHORT_TRAINING_FACTOR = 0.25
+# A short training with Adam cannot recover from high rates. These two numbers were fitted to
+# the cases of results/finder.py.
+SHORT_TRAINING_POWER = 0.6
+SHORT_TRAINING_DIVISOR = 9
 
 
 def find_rates(run, on_step=None):
@@ -1078,7 +1079,8 @@ def find_rates(run, on_step=None):
     finally:
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    lr_min, lr_max = read_sweep(lrs, smoothed, run.recipe.epochs * epoch_steps)
+    adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0
+    lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
     note = why_uncertain(smoothed)
     if note:
         warnings.warn(note, stacklevel=2)
@@ -1163,18 +1165,28 @@ def sweep_edges(smoothed):
     return first, last
 
 
-def read_sweep(lrs, smoothed, training_steps):
-    """Return LRMIN and LRMAX for a run of so many steps (0: not known).
+def is_adam(optimizer):
+    """Tell whether Adam or a relative of it trains all parameters: each group has betas.
+
+    So AdamW is one, but SGD is not, and Muon, which has Adam for a part, is not.
+    """
+    return all("betas" in group for group in optimizer.param_groups)
+
+
+def read_sweep(lrs, smoothed, adam_steps):
+    """Return LRMIN and LRMAX for a training with so many steps of Adam.
 
     The loss is low from a first to a last rate, which `sweep_edges` finds. LRMAX is twice
-    the last one, because smoothing makes the rise appear too early. But it is at most
-    sqrt(training steps x first rate x last rate) / 4, so that a short training has a lower
-    one. It is also at most the last rate of the sweep.
+    the last one, because smoothing makes the rise appear too early. But with Adam, it is at
+    most sqrt(first rate x last rate) x steps^0.6 / 9, so that a short training has a lower
+    one. If `adam_steps` is 0, there is no such limit. LRMAX is also at most the last rate of
+    the sweep.
     """
     first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
-    if training_steps:
-        limit = SHORT_TRAINING_FACTOR * math.sqrt(training_steps * lrs[first] * lrs[last])
+    if adam_steps:
+        middle = math.sqrt(lrs[first] * lrs[last])
+        limit = middle * adam_steps ** SHORT_TRAINING_POWER / SHORT_TRAINING_DIVISOR
         lr_max = min(lr_max, limit)
     return lr_max / LR_RATIO, lr_max
 

@@ -1,7 +1,8 @@
 """Rules that read a learning rate off a sweep, for the comparison in finder.py.
 
 A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
-the number of steps of the training. It returns one learning rate, which becomes LRMAX. The
+the number of steps that Adam will train for (0: another optimizer trains). It returns one
+learning rate, which becomes LRMAX. The
 rules of other libraries get the losses smoothed and cut as in these libraries. But the sweep
 is ours: it stops earlier than theirs when the loss rises.
 """
@@ -16,28 +17,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 
-def found_by_script(lrs, losses, training_steps):
+def found_by_script(lrs, losses, adam_steps):
     """Return the LRMAX that train.py finds. Raise its UserError if it finds none."""
     steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
     smoothed = train.smooth_losses(losses, steps_per_decade)
-    _, lr_max = train.read_sweep(lrs, smoothed, training_steps)
+    _, lr_max = train.read_sweep(lrs, smoothed, adam_steps)
     return lr_max
 
 
-def ours(lrs, losses, training_steps):
+def ours(lrs, losses, adam_steps):
     """Return what train.py finds; the start of the sweep if it finds nothing."""
     try:
-        return found_by_script(lrs, losses, training_steps)
+        return found_by_script(lrs, losses, adam_steps)
     except train.UserError:
         return lrs[0]
 
 
-def without_limit(lrs, losses, training_steps):
-    """Return what train.py finds for a very long training, which has no limit."""
+def without_limit(lrs, losses, adam_steps):
+    """Return what train.py finds without its limit for short trainings with Adam."""
     return ours(lrs, losses, 0)
 
 
-def steepest(lrs, losses, training_steps):
+def steepest(lrs, losses, adam_steps):
     """Return the rate where the loss falls fastest (pytorch-lr-finder 0.2)."""
     smoothed = [losses[0]]
     for loss in losses[1:]:
@@ -64,13 +65,13 @@ def fastai_part(values):
     return values[len(values) // 10:-5]
 
 
-def tenth_of_minimum(lrs, losses, training_steps):
+def tenth_of_minimum(lrs, losses, adam_steps):
     """Return a tenth of the rate with the lowest loss (`minimum` of fastai 2)."""
     losses = fastai_part(fastai_losses(losses))
     return fastai_part(lrs)[int(np.argmin(losses))] / 10
 
 
-def valley(lrs, losses, training_steps):
+def valley(lrs, losses, adam_steps):
     """Return a rate half way down the longest fall of the loss (`valley` of fastai 2).
 
     A fall is a series of steps, not always neighbors, of which each has a lower loss than

@@ -49,6 +49,7 @@ TABLES = {
     }, [
         ("`python train.py` | 24", "h100/default-seed*", "default/seed*"),
         ("`python train.py --recipe fast` | 6", "", "fast/seed*"),
+        ("`python train.py --recipe best` | 24", "", "best/seed*"),
         ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed1"),
     ]),
     "graph": ("code", [
@@ -64,15 +65,20 @@ TABLES = {
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
         ("`--recipe fast` | two CPU cores", "fast/seed*"),
+        ("`--recipe best` | two CPU cores", "best/seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
     ]),
     "fast-holdout": ("LRMAX | Muon's highest rate", ["accuracy", "flip TTA", "seeds"], [
-        ("0.03 | 0.07", "fast/holdout-lr-max-0.03-seed*"),
-        ("0.06 | 0.14", "fast/holdout-lr-max-0.06-seed*"),
-        ("0.12 | 0.28", "fast/holdout-lr-max-0.12-seed*"),
-        ("0.06 | 0.10", "fast/holdout-factor-5-3-seed*"),
+        ("0.03 | 0.07 (7/3)", "fast/holdout-lr-max-0.03-seed*"),
+        ("0.06 | 0.14 (7/3)", "fast/holdout-lr-max-0.06-seed*"),
+        ("0.12 | 0.28 (7/3)", "fast/holdout-lr-max-0.12-seed*"),
+        ("0.06 | 0.10 (5/3)", "fast/holdout-factor-5-3-seed*"),
+    ]),
+    "fast-factors": ("Muon's rate / Adam's", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
+        ("7/3 (commit 6b6176f)", "fast/factor-7-3-seed*"),
+        ("5/3", "fast/seed*"),
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
@@ -106,6 +112,7 @@ TABLES = {
         ("1024", "sweeps/batch-1024-bf16-seed*"),
         ("512, whole runs on the H100", "h100/default-seed*"),
         ("512, whole runs with `--recipe fast`", "fast/seed*"),
+        ("512, whole runs with `--recipe best`", "best/seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "seeds"], [
         ("none", "h100/holdout-lr-max-0.06-seed*"),
@@ -250,9 +257,11 @@ def time_cell(row, key, unit=1):
     return finder.span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
-def training_steps(report):
-    """Return the number of steps that a run trains for."""
+def adam_steps(report):
+    """Return the number of steps that Adam trains for; 0 with another optimizer."""
     recipe = report["config"]["recipe"]
+    if recipe["optimizer"] != "adam":
+        return 0
     return recipe["epochs"] * math.ceil(report["data"]["train_images"] / recipe["batch_size"])
 
 
@@ -261,7 +270,7 @@ def found_rates(row):
     found = []
     for report in row.values():
         sweep = report["lr_sweep"]
-        steps = training_steps(report)
+        steps = adam_steps(report)
         found.append(rules.found_by_script(sweep["lr"], sweep["loss"], steps))
     return found
 
