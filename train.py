@@ -159,12 +159,10 @@ class Recipe:
 
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
-# EMA. "best" is "tuned" with Muon. "plain" is the recipe of a course. Where that names no
-# value, it has PyTorch's default.
+# EMA. "plain" is the recipe of a course. Where that names no value, it has PyTorch's default.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=6, optimizer="muon", padding=2, cutout=0, ema_epochs=0.25),
-    "best": Recipe(optimizer="muon"),
     "plain": Recipe(epsilon=1e-8, decay_epochs=0, label_smoothing=0, ema_epochs=0,
                     logit_scale=1, initialization="pytorch", padding_mode="constant",
                     flips="random"),
@@ -1326,8 +1324,7 @@ def make_parser():
                                      description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--recipe", choices=list(RECIPES), default="tuned",
-        help="fast: Muon, a quarter of the epochs; best: Muon in 24 epochs; plain: without our "
-             "additions")
+        help="fast: Muon, a quarter of the epochs; plain: without our additions")
     add("--lr-max", type=float, metavar="X",
         help="peak learning rate, LRMAX; else a sweep finds it")
     add("--lr-min", type=float, metavar="X",

@@ -49,7 +49,7 @@ TABLES = {
     }, [
         ("`python train.py` | 24", "h100/default-seed*", "default/seed*"),
         ("`python train.py --recipe fast` | 6", "", "fast/seed*"),
-        ("`python train.py --recipe best` | 24", "", "best/seed*"),
+        ("`python train.py --optimizer muon` | 24", "", "muon/seed*"),
         ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed1"),
     ]),
     "graph": ("code", [
@@ -65,7 +65,7 @@ TABLES = {
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
         ("`--recipe fast` | two CPU cores", "fast/seed*"),
-        ("`--recipe best` | two CPU cores", "best/seed*"),
+        ("`--optimizer muon` | two CPU cores", "muon/seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
@@ -82,7 +82,6 @@ TABLES = {
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
-        ("`--subset --recipe fast --optimizer adam`", "first-look/adam-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
@@ -112,7 +111,7 @@ TABLES = {
         ("1024", "sweeps/batch-1024-bf16-seed*"),
         ("512, whole runs on the H100", "h100/default-seed*"),
         ("512, whole runs with `--recipe fast`", "fast/seed*"),
-        ("512, whole runs with `--recipe best`", "best/seed*"),
+        ("the same, with Muon's factor 7/3", "fast/factor-7-3-seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "seeds"], [
         ("none", "h100/holdout-lr-max-0.06-seed*"),
