@@ -1,10 +1,9 @@
 """Rules that read a learning rate off a sweep, for the comparison in finder.py.
 
 A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
-the number of steps that Adam will train for (0: another optimizer trains). It returns one
-learning rate, which becomes LRMAX. The
-rules of other libraries get the losses smoothed and cut as in these libraries. But the sweep
-is ours: it stops earlier than theirs when the loss rises.
+the number of steps that Adam will train for, which is 0 with another optimizer. It returns one
+learning rate, which becomes LRMAX. The rules of other libraries get the losses smoothed and cut
+as in these libraries. But the sweep is ours: it stops earlier than theirs when the loss rises.
 """
 
 import math
