@@ -851,15 +851,15 @@ def test_in_a_short_training_with_adam_lr_max_is_near_the_middle_of_the_rates_wi
     assert lr_min == pytest.approx(lr_max / 300)
 
 
-def other_group_with_adam(parameters):
-    """Return Muon's kind of optimizer: one of its two groups has no betas."""
+def muon_and_adam(parameters):
+    """Return a Muon for the first parameter, with an Adam for the others."""
     adam = torch.optim.Adam(parameters[1:])
     return train.Muon(parameters[:1], adam)
 
 
 @pytest.mark.parametrize("make_optimizer, is_adam", [
     (torch.optim.Adam, True), (torch.optim.AdamW, True), (torch.optim.NAdam, True),
-    (functools.partial(torch.optim.SGD, lr=1), False), (other_group_with_adam, False)])
+    (functools.partial(torch.optim.SGD, lr=1), False), (muon_and_adam, False)])
 def test_adam_and_its_relatives_are_known_by_their_betas(make_optimizer, is_adam):
     parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
     assert train.is_adam(make_optimizer(parameters)) == is_adam
