@@ -4668,26 +4668,40 @@ def test_training_images_that_are_held_out_too_are_refused(monkeypatch):
         finder.split_training_images("data", 61, 40)
 
 
-# ---- The study that tunes Muon -----------------------------------------------------------
+# ---- The studies that tune Muon ----------------------------------------------------------
 
 muon_tuning = tables.muon_tuning
+factorial = muon_tuning.factorial
+STUDIES = {"muon": muon_tuning.STUDY}
+RUNS_OF_STUDIES = [pytest.param(study, name, id=f"{title}-{name}")
+                   for title, study in STUDIES.items() for name in study.runs]
 
 
-def test_the_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in_common():
-    signs = np.array([[2 * int(digit) - 1 for digit in name] for name in muon_tuning.RUNS])
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_a_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in_common(study):
+    signs = 2 * study.levels() - 1
     runs, factors = signs.shape
-    assert (runs, factors) == (16, len(muon_tuning.FACTORS))
+    assert factors == len(study.factors)
     assert (signs.sum(0) == 0).all()
     assert (signs.T @ signs == runs * np.eye(factors)).all()
     for first, second in itertools.combinations(range(factors), 2):
         assert (signs.T @ (signs[:, first] * signs[:, second]) == 0).all()
 
 
+def test_a_factorial_has_all_combinations_of_its_first_factors():
+    factors = {"size": (1, 2), "color": (3, 4), "speed": (5, 6)}
+    study = factorial.Factorial("study", factors, parities=[(0, 1)])
+    assert study.runs == {
+        "000": {"size": 1, "color": 3, "speed": 5}, "011": {"size": 1, "color": 4, "speed": 6},
+        "101": {"size": 2, "color": 3, "speed": 6}, "110": {"size": 2, "color": 4, "speed": 5}}
+    assert study.levels().tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
+
+
 def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
     generator = np.random.default_rng(0)
-    levels = muon_tuning.levels_of_runs()
+    levels = muon_tuning.levels_with_joint_effect()
     results = generator.normal(size=16)
-    effects, _ = muon_tuning.estimate_effects(levels, results)
+    effects, _ = factorial.estimate_effects(levels, results)
     assert len(effects) == len(muon_tuning.FACTORS) + 1
     for factor, effect in enumerate(effects):
         is_high = levels[:, factor] == 1
@@ -4696,51 +4710,88 @@ def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
 
 def test_the_error_of_an_effect_is_how_far_it_spreads():
     generator = np.random.default_rng(0)
-    levels = muon_tuning.levels_of_runs()
+    levels = muon_tuning.levels_with_joint_effect()
     true_effects = np.arange(7)
     squared_errors = []
     distances = []
     for _ in range(500):
         results = levels @ true_effects + generator.normal(size=16)
-        effects, error = muon_tuning.estimate_effects(levels, results)
+        effects, error = factorial.estimate_effects(levels, results)
         distances.append(effects - true_effects)
         squared_errors.append(error ** 2)
     assert np.sqrt(np.mean(squared_errors)) == pytest.approx(np.std(distances), rel=0.1)
     assert np.std(distances) == pytest.approx(0.5, rel=0.1)  # 2 / sqrt(16)
 
 
+def test_effects_are_shown_in_points():
+    levels = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    accuracies = [0.5, 0.49, 0.52, 0.53]  # not additive, so that there is an error
+    assert factorial.cells_of_effects(levels, accuracies) == ["+3.00 ± 1.00", "+0.00 ± 1.00"]
+
+
 def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
     def load_record(name):
         is_high = [digit == "1" for digit in name]
         accuracy = 0.8 if is_high[0] and not is_high[2] else 0.2 + 0.1 * is_high[1]
-        return {"accuracies": [0.0, accuracy], "tta_accuracy": accuracy}
+        return {"values": muon_tuning.STUDY.runs[name], "accuracies": [0.0, accuracy],
+                "tta_accuracy": accuracy}
 
-    monkeypatch.setattr(muon_tuning, "load_record", load_record)
+    monkeypatch.setattr(muon_tuning.STUDY, "load_record", load_record)
     _, *rows = muon_tuning.table_of_pairs()
     assert rows == [["0.6", "0.07", "25.00", "25.00"], ["0.6", "0.14", "80.00", "80.00"],
                     ["0.85", "0.07", "25.00", "25.00"], ["0.85", "0.14", "25.00", "25.00"]]
 
 
-@pytest.mark.parametrize("name", muon_tuning.RUNS)
-def test_a_run_of_the_factorial_has_a_record(name):
-    record = muon_tuning.load_record(name)
-    assert record["values"] == muon_tuning.RUNS[name]
-    assert len(record["accuracies"]) == muon_tuning.EPOCHS
+@pytest.mark.parametrize("study, name", RUNS_OF_STUDIES)
+def test_a_run_of_a_factorial_has_a_record(study, name):
+    record = study.load_record(name)
+    assert record["values"] == study.runs[name]
 
 
 def test_a_record_of_other_values_is_refused(monkeypatch):
-    name = next(iter(muon_tuning.RUNS))
-    monkeypatch.setitem(muon_tuning.RUNS, name, {"momentum": 0.9})
-    with pytest.raises(ValueError, match="has other values than FACTORS"):
-        muon_tuning.load_record(name)
+    name = next(iter(muon_tuning.STUDY.runs))
+    monkeypatch.setitem(muon_tuning.STUDY.runs, name, {"momentum": 0.9})
+    with pytest.raises(ValueError, match="has other values than the study"):
+        muon_tuning.STUDY.load_record(name)
 
 
-def test_a_run_of_the_factorial_trains_with_its_values(monkeypatch):
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """Return a study of four runs, whose records are written into a folder of the test."""
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    monkeypatch.setattr(factorial, "HERE", tmp_path)
+    return factorial.Factorial("study", {"size": (1, 2), "color": (3, 4)}, parities=[])
+
+
+def test_a_study_measures_the_runs_that_have_no_record(small_study, monkeypatch):
+    calls = []
+
+    def train_run(values, training, held_out, seed):
+        calls.append((values["size"], values["color"], seed))
+        return {"values": values, "images": [len(training.labels), len(held_out.labels)]}
+
+    monkeypatch.setattr(sys, "argv", ["study.py", "01", "11"])
+    small_study.measure(train_run, 60, 40, "a study")
+    monkeypatch.setattr(sys, "argv", ["study.py"])
+    small_study.measure(train_run, 60, 40, "a study")
+    assert calls == [(1, 4, 1), (2, 4, 3), (1, 3, 0), (2, 3, 2)]
+    assert small_study.load_records()[0]["images"] == [60, 40]
+
+
+def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "00"])
+    small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+    with pytest.raises(ValueError, match="has other values than the study"):
+        small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+
+
+def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch):
     for name in ("MUON_MOMENTUM", "NEWTON_SCHULZ_STEPS", "MUON_LR_FACTOR"):
         monkeypatch.setattr(train, name, getattr(train, name))  # set back at the end
     monkeypatch.setattr(muon_tuning, "EPOCHS", 1)
     split = random_split(40)
-    values = muon_tuning.RUNS["110100"]
+    values = muon_tuning.STUDY.runs["110100"]
     seen = []
     true_step = train.muon_step
 

@@ -6,14 +6,10 @@ The narrow network is the custom ResNet with a quarter of the channels. It is tr
 recipe `fast` on 30,000 training images of CIFAR-10, and evaluated on 10,000 others, on the CPU
 and in fp32, so that all machines can repeat it. The runs are a fractional factorial: 16 of the
 64 combinations of six factors, so that each factor has each of its two values in eight runs.
-Each run writes a record, results/muon-tuning/NAME.json, and a run whose record is there is not
-repeated.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import factorial  # noqa: E402
 import finder  # noqa: E402
 import train  # noqa: E402
 
@@ -45,27 +42,10 @@ MEANINGS = {  # of the factors, for the table
     "peak_fraction": "`--peak-fraction`",
     "ema_epochs": "`--ema-epochs`",
 }
-
-
-def make_runs():
-    """Return the runs of the factorial: a dictionary from a name to its values of FACTORS.
-
-    A digit of the name says which value a factor has, 0 or 1. The first four factors take all
-    combinations. The other two are the parity of three of these, so that no factor is mixed
-    up with another one, or with the joint effect of two. But some joint effects are mixed up
-    with each other: that of `muon_lr` and `momentum` with that of `adam_lr` and
-    `peak_fraction`.
-    """
-    runs = {}
-    for a, b, c, d in itertools.product((0, 1), repeat=4):
-        levels = (a, b, c, d, (a + b + c) % 2, (b + c + d) % 2)
-        name = "".join(str(level) for level in levels)
-        runs[name] = {factor: FACTORS[factor][level]
-                      for factor, level in zip(FACTORS, levels)}
-    return runs
-
-
-RUNS = make_runs()
+# With these parities, no factor is mixed up with another one, or with the joint effect of two.
+# But some joint effects are mixed up with each other: that of `muon_lr` and `momentum` with that
+# of `adam_lr` and `peak_fraction`.
+STUDY = factorial.Factorial("muon-tuning", FACTORS, parities=[(0, 1, 2), (1, 2, 3)])
 
 
 class NarrowResNet(nn.Sequential):
@@ -107,56 +87,27 @@ def train_run(values, training, held_out, seed):
     }
 
 
-def record_path(name):
-    """Return the file of a run's record."""
-    return HERE / "muon-tuning" / f"{name}.json"
-
-
-def load_record(name):
-    """Return the record of a run. Raise ValueError if the run had other values."""
-    record = json.loads(record_path(name).read_text())
-    if record["values"] != RUNS[name]:
-        raise ValueError(f"{record_path(name)} has other values than FACTORS; delete it")
-    return record
-
-
-# ---- What each factor does ---------------------------------------------------------------
-
-def levels_of_runs():
-    """Return which value each factor has in each run, 0 or 1: an array (runs, factors + 1).
+def levels_with_joint_effect():
+    """Return the levels of the factors, and one more column: an array (runs, factors + 1).
 
     The last column is 1 where only one of Muon's rate and momentum has its higher value. Both
     move the weights farther: a higher rate by larger steps, more momentum by steps that point
     in more similar directions. So one of them may need the other one to be low.
     """
-    levels = np.array([[int(digit) for digit in name] for name in RUNS])
+    levels = STUDY.levels()
     names = list(FACTORS)
     only_one = levels[:, names.index("muon_lr")] ^ levels[:, names.index("momentum")]
     return np.column_stack([levels, only_one])
 
 
-def estimate_effects(levels, results):
-    """Return the effect of each column of `levels` (runs, columns), and their standard error.
-
-    An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
-    It is estimated by least squares. The error comes from what all effects together leave
-    unexplained. It is the same for all columns, because each has a 1 in half of the runs and
-    no two columns are correlated.
-    """
-    results = np.asarray(results)
-    runs, columns = levels.shape
-    design = np.column_stack([np.ones(runs), levels])
-    coefficients, *_ = np.linalg.lstsq(design, results, rcond=None)
-    residuals = results - design @ coefficients
-    deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - columns))
-    return coefficients[1:], deviation * np.sqrt(4 / runs)
-
-
 def table_of_effects():
     """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
-    records = [load_record(name) for name in RUNS]
-    accuracy_cells = cells_of_effects([record["accuracies"][-1] for record in records])
-    tta_cells = cells_of_effects([record["tta_accuracy"] for record in records])
+    levels = levels_with_joint_effect()
+    records = STUDY.load_records()
+    accuracy_cells = factorial.cells_of_effects(
+        levels, [record["accuracies"][-1] for record in records])
+    tta_cells = factorial.cells_of_effects(
+        levels, [record["tta_accuracy"] for record in records])
     labels = []
     for factor, (low, high) in FACTORS.items():
         labels.append([MEANINGS[factor], f"{low:.3g} to {high:.3g}"])
@@ -167,18 +118,13 @@ def table_of_effects():
     return rows
 
 
-def cells_of_effects(accuracies):
-    """Return the effects on the accuracies of the runs as texts, in points, with the error."""
-    effects, error = estimate_effects(levels_of_runs(), accuracies)
-    return [f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects]
-
-
 def table_of_pairs():
     """Return the table of the means for each pair of Muon's rate and momentum."""
     rows = [["momentum", "highest rate", "accuracy", "flip TTA"]]
     for momentum, rate in itertools.product(FACTORS["momentum"], FACTORS["muon_lr"]):
-        records = [load_record(name) for name, values in RUNS.items()
-                   if (values["momentum"], values["muon_lr"]) == (momentum, rate)]
+        records = [record for record in STUDY.load_records()
+                   if (record["values"]["momentum"], record["values"]["muon_lr"])
+                   == (momentum, rate)]
         accuracy = np.mean([record["accuracies"][-1] for record in records])
         tta_accuracy = np.mean([record["tta_accuracy"] for record in records])
         rows.append([f"{momentum:g}", f"{rate:g}", f"{100 * accuracy:.2f}",
@@ -186,22 +132,5 @@ def table_of_pairs():
     return rows
 
 
-# ---- Running -----------------------------------------------------------------------------
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options = finder.parse_names(parser, RUNS)
-    training, held_out = finder.split_training_images(
-        options.data_dir, TRAINING_IMAGES, HELD_OUT)
-    for name in options.names:
-        if record_path(name).exists():
-            load_record(name)  # it has to be of the same run
-            continue
-        seed = list(RUNS).index(name)  # each run has its own
-        record = train_run(RUNS[name], training, held_out, seed)
-        finder.write_record(record_path(name), record)
-        print(name, record["accuracies"], record["tta_accuracy"], flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    STUDY.measure(train_run, TRAINING_IMAGES, HELD_OUT, __doc__.splitlines()[0])
