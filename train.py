@@ -423,11 +423,11 @@ def augmented_batches(run, epoch):
     generator = epoch_generator(run.seed, epoch, device)
     mirrored = draw_flips(run.recipe, len(labels), run.seed, epoch, device, generator)
     order = torch.randperm(len(labels), generator=generator, device=device)
+    layout = memory_format(device)
     for chosen in order.split(run.recipe.batch_size):
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
         if run.augment is not None:
             batch = run.augment(batch, generator)
-        layout = memory_format(device.type)
         yield batch.contiguous(memory_format=layout), labels[chosen]
 
 
@@ -801,7 +801,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     `choose_device` and `choose_precision` say what "auto" is. `Run` says what `model`,
     `loss`, `augment` and `cuda_graph` can be. A seed gives the same initial weights on
     every device, but for rounding in the first layer; dropout in a network of your own
-    follows `torch.manual_seed`.
+    follows `torch.manual_seed`. `torch.backends.cudnn.benchmark` is set for the whole process.
     Raise ValueError for what cannot be trained.
     """
     training = Split(*training)
@@ -908,7 +908,10 @@ def check_parameters(run):
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of a step for the next one: steps get a fifth faster."""
+    """Let glibc keep the memory of a step for the next one: steps get a fifth faster.
+
+    This holds for the whole process, until it ends.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -1018,7 +1021,7 @@ def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     return end + (peak - end) * ((last_step - step) / (last_step - peak_step))
 
 
-def scheduled_rates(recipe, rates, step, steps_per_epoch):
+def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
     """Return the learning rate and Adam's first beta at a step of the run (from 0)."""
     total = recipe.epochs * steps_per_epoch
     peak = recipe.peak_fraction
@@ -1034,8 +1037,10 @@ def weight_decay(recipe, lr_max, steps_per_epoch):
     A step multiplies a weight by 1 - learning rate * decay. So at LRMAX, so many epochs
     shrink it to 1/e (X. Wang and L. Aitchison, arXiv:2405.13698).
     """
-    if recipe.l2 or not recipe.decay_epochs:
+    if recipe.l2:
         return recipe.l2
+    if not recipe.decay_epochs:
+        return 0.0
     # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean and
     # variance can adapt.
     decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
@@ -1090,15 +1095,13 @@ def record_sweep(run, steps, half_decade, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
     `half_decade` is the number of steps in which the rate grows by the root of 10. The
-    sweep stops when the mean loss of so many steps is 1.5 times the lowest such mean. Then
-    training has clearly diverged, and larger rates would only cost time. It also stops
-    before a loss that is NaN or infinite, and after `steps` if the loss has risen. If not,
-    it looks again after each further factor of 10.
+    sweep stops before a loss that is NaN or infinite, at SWEEP_LIMIT, or when
+    `sweep_is_over`.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
     losses = []
-    lowest = math.inf
+    means = []  # of the last `half_decade` losses, at each step
     for step, (images, labels) in enumerate(sweep_batches(run)):
         lr = SWEEP_LOWEST * growth ** (step / (steps - 1))
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
@@ -1111,17 +1114,30 @@ def record_sweep(run, steps, half_decade, on_step):
         losses.append(loss.item())
         if on_step:
             on_step(step + 1, max(step + 1, steps), lr, loss)
-        if len(losses) < half_decade:
-            continue
-        recent = statistics.fmean(losses[-half_decade:])
-        lowest = min(lowest, recent)
-        has_diverged = recent > 1.5 * lowest
-        has_risen = recent > (1 + RISE) * lowest
-        steps_beyond = step + 1 - steps
-        looks_again = steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0
-        if has_diverged or (looks_again and has_risen) or lr >= SWEEP_LIMIT:
+        if len(losses) >= half_decade:
+            means.append(statistics.fmean(losses[-half_decade:]))
+        steps_beyond = len(losses) - steps
+        if lr >= SWEEP_LIMIT or sweep_is_over(means, steps_beyond, half_decade):
             break
     return lrs, losses
+
+
+def sweep_is_over(means, steps_beyond, half_decade):
+    """Tell whether larger learning rates would teach a sweep nothing more.
+
+    `means` are those of the loss over half a decade of rates, for each step so far.
+    `steps_beyond` counts the steps beyond the planned ones; it is negative before.
+    """
+    if not means:
+        return False
+    if means[-1] > 1.5 * min(means):  # training has clearly diverged
+        return True
+    if steps_beyond < 0:
+        return False
+    # At the planned end, and after each further factor of 10, a small rise is enough.
+    looks = steps_beyond % (2 * half_decade) == 0
+    has_risen = means[-1] > (1 + RISE) * min(means)
+    return looks and has_risen
 
 
 def sweep_batches(run):
@@ -1279,19 +1295,20 @@ def train_epoch(run, rates, on_step=None):
     """
     steps = run.steps_per_epoch
     losses = []
+    sizes = []
     correct = 0
     for images, labels in augmented_batches(run, run.epoch + 1):
         step = run.epoch * steps + len(losses)
-        lr, beta1 = scheduled_rates(run.recipe, rates, step, steps)
+        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step, steps)
         loss, correct_in_batch = train_step(run, images, labels, lr, beta1)
         update_average(run, step + 1)
         losses.append(loss)
+        sizes.append(len(labels))
         correct += correct_in_batch
         if on_step:
             on_step(len(losses), steps, lr, loss)
     losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
-    batches = run.training.labels.split(run.recipe.batch_size)
-    sizes = losses.new_tensor([len(batch) for batch in batches])
+    sizes = losses.new_tensor(sizes)
     image_count = len(run.training.labels)
     return {"lr": lr, "train_loss": (losses @ sizes / image_count).item(),
             "train_accuracy": correct.item() / image_count}
@@ -1377,6 +1394,7 @@ def parse_arguments(argv=None):
     try:
         check_options(options)
         recipe = take_recipe(options)
+        # Each run chooses them again; here, a wrong name is still an error of the command line.
         choose_precision(choose_device(options.device), options.precision)
         if options.output is None:
             options.output = default_output(options.checkpoint)
@@ -1423,11 +1441,10 @@ def take_recipe(options):
                         field.metadata["allowed"])
             overrides[field.name] = value
             delattr(options, field.name)
-    image_count = (options.subset or TRAIN_IMAGES) - options.holdout
     if overrides.get("batch_size"):
+        image_count = (options.subset or TRAIN_IMAGES) - options.holdout
         check_value(option_name("batch_size"), overrides["batch_size"], int, (2, image_count))
-    recipe = dataclasses.replace(recipe, **overrides)
-    return choose_batch_size(recipe, image_count)
+    return dataclasses.replace(recipe, **overrides)
 
 
 def without_ending(path):
@@ -1645,12 +1662,15 @@ class Recorder:
         self.summary = self.report["summary"]
 
     def prepare_files(self):
-        """Try all files that the run will write; remove the figures of an earlier run."""
+        """Try all files that the run will write, and write the first report."""
         for path in (self.options.checkpoint, self.options.weights):
             if path is not None:
                 check_writable(path)
         self.update_summary("running")
         self.save_report()
+
+    def remove_old_figures(self):
+        """Remove the figures of an earlier run whose report had the same name."""
         for name in FIGURES:
             figure_path(self.options.output, name).unlink(missing_ok=True)
 
@@ -1934,7 +1954,7 @@ def learning_rate_curve(report):
     rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
     steps = math.ceil(report["data"]["train_images"] / recipe.batch_size)
     trained = range(len(report["epochs"]) * steps)
-    lrs = [scheduled_rates(recipe, rates, step, steps)[0] for step in trained]
+    lrs = [scheduled_lr_and_beta1(recipe, rates, step, steps)[0] for step in trained]
     return [(step + 1) / steps for step in trained], lrs
 
 
@@ -2076,7 +2096,8 @@ def choose_rates(run, options):
     else:
         print("sweep    finds the learning rates")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `print_rates` shows the sweep's note
+            # `print_rates` shows the note of the sweep.
+            warnings.filterwarnings("ignore", "the loss of the sweep")
             rates = find_rates(run, show_progress(run, sweeping=True))
     if options.lr_min:
         rates = rates._replace(lr_min=options.lr_min)
@@ -2099,6 +2120,7 @@ def train_once(recipe, options, data):
     if options.checkpoint is not None and Path(options.checkpoint).is_file():
         recorder.resume()
     recorder.prepare_files()
+    recorder.remove_old_figures()
     print_heading(recorder.report)
     if run.epoch > 0:
         print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")

@@ -1,0 +1,543 @@
+"""Tests of the tables and studies in results/ against NumPy and counts by hand.
+
+They need no data set: most run on small records that they write, and some check ours.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import factorial  # noqa: E402
+import finder  # noqa: E402
+import muon_tuning  # noqa: E402
+import rules  # noqa: E402
+import tables  # noqa: E402
+import train  # noqa: E402
+
+CLASSES = [str(number) for number in range(10)]
+
+
+def random_split(count):
+    """Return a Split of random images and labels, the same in each call."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return train.Split(images, torch.randint(10, (count,), generator=generator))
+
+
+def linear_network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+
+# ---- Tables and text say what the reports say -------------------------------------------
+
+# What others reported, and the link that has to stand beside it; figures of older commits.
+REPORTED = {
+    "90.98": "github.com/nanekja/pytorch_utils",
+    "93.07": "github.com/jaiyesh/tsai-era",
+    "94.08": "github.com/davidcpage/cifar10-fast",
+    "94.02": "johanwind.github.io/2022/12/28/cifar_94.html",
+}
+EARLIER = {"91.10", "94.17"}  # of the commits 8bd2076 and 6558edc
+REPORTS = tables.HERE  # some tests write reports elsewhere
+
+
+def rows_of(names):
+    """Return the rows of the tables with these names."""
+    rows = []
+    for name in names:
+        _, _, declared_rows = tables.TABLES[name]
+        for _, *patterns in declared_rows:
+            rows += [tables.load_row(pattern) for pattern in patterns if pattern]
+    return rows
+
+
+def percentages_of_reports():
+    """Return each accuracy of the reports and each mean of a row, as text."""
+    numbers = []
+    for row in rows_of(tables.TABLES):
+        if all(report["epochs"] for report in row.values()):
+            for key in ("final_test_accuracy", "tta_test_accuracy"):
+                accuracies = tables.values(row, key)
+                numbers += [*accuracies, np.mean(accuracies)]
+    return {tables.percent(number) for number in numbers}
+
+
+@pytest.fixture(scope="module")
+def shown_reports():
+    """Return the reports in the tables that the two pages show, by their path."""
+    text = "".join(path.read_text() for path in tables.FILES)
+    reports = {}
+    for name in re.findall("<!-- table: (.+?) -->", text):
+        if name not in tables.STUDIES:  # those are not from reports
+            for row in rows_of([name]):
+                reports.update(row)
+    return reports
+
+
+def report_with(accuracy, section=None, **values):
+    """Return a report of results/ with another accuracy and other values in a section."""
+    report = json.loads(min(REPORTS.glob("default/*.json")).read_text())
+    report["summary"]["final_test_accuracy"] = accuracy
+    parent = report["config"] if section == "recipe" else report
+    if section:
+        parent[section].update(values)
+    return report
+
+
+@pytest.fixture
+def written_row(tmp_path, monkeypatch):
+    """Return a function that writes reports and loads them as a row."""
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+
+    def write_and_load(*reports):
+        (tmp_path / "study").mkdir()
+        for number, report in enumerate(reports):
+            (tmp_path / "study" / f"{number}.json").write_text(json.dumps(report))
+        return tables.load_row("study/*")
+    return write_and_load
+
+
+@pytest.mark.parametrize("path", tables.FILES, ids=["README", "results"])
+def test_the_tables_are_those_of_the_reports(path):
+    assert path.read_text() == tables.fill_tables(path), "run python results/tables.py"
+
+
+@pytest.mark.parametrize("path", tables.FILES, ids=["README", "results"])
+def test_a_percentage_in_the_text_is_of_a_report_or_has_its_source(path):
+    text = path.read_text()
+    prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
+    figures = set(re.findall(r"(\d\d\.\d\d)(?:%| ±)", prose))
+    assert figures
+    unknown = figures - percentages_of_reports() - EARLIER
+    without_source = [figure for figure in unknown
+                      if REPORTED.get(figure, "no source") not in text]
+    assert without_source == []
+
+
+def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
+    paths = {path.relative_to(tables.HERE).as_posix()
+             for path in tables.HERE.glob("*/*.json")
+             if path.parent.name not in ("finder", "muon-tuning")}
+    assert set(shown_reports) == paths
+
+
+def test_todays_rule_finds_the_rates_that_the_runs_used(shown_reports):
+    swept = [report for report in shown_reports.values()
+             if report["epochs"] and report["rates"]["lr_max_from"] == "sweep"]
+    assert len(swept) > 10
+    for report in swept:
+        (found,) = tables.found_rates({"": report})
+        assert found == pytest.approx(report["rates"]["lr_max"])
+
+
+def test_a_row_is_in_the_order_of_its_seeds(written_row):
+    reports = [report_with(0.9) for _ in range(3)]
+    for report, seed in zip(reports, [10, 9, 100], strict=True):
+        report["config"]["options"]["seed"] = seed
+    assert list(written_row(*reports)) == ["study/1.json", "study/0.json", "study/2.json"]
+
+
+@pytest.mark.parametrize("section, name, value", [
+    ("recipe", "label_smoothing", 0.1),
+    ("recipe", "epochs", 23),
+    ("data", "train_images", 45_000),
+    ("data", "evaluated_on", "held-out training images"),
+    ("environment", "precision", "fp16"),
+    ("environment", "device", "mps"),
+    ("rates", "lr_max_from", "given"),
+])
+def test_unlike_runs_are_refused_as_a_row(written_row, section, name, value):
+    with pytest.raises(ValueError, match="unlike"):
+        written_row(report_with(0.9), report_with(0.9, section, **{name: value}))
+
+
+def test_runs_on_two_models_of_gpu_are_refused_as_a_row(written_row):
+    gpus = [report_with(0.9, "environment", device="cuda", device_name=name)
+            for name in ("Tesla T4", "NVIDIA H100")]
+    with pytest.raises(ValueError, match="unlike"):
+        written_row(*gpus)
+
+
+def test_runs_on_two_models_of_cpu_share_a_row_but_not_a_cell_of_times(written_row):
+    cpus = [report_with(0.9, "environment", device="cpu", device_name=name)
+            for name in ("one", "another")]
+    row = written_row(*cpus)
+    assert tables.accuracy_cell(row) == "90.00 ± 0.00 (n=2)"
+    with pytest.raises(ValueError, match="unlike"):
+        tables.time_cell(row, "total_seconds")
+
+
+def test_a_report_without_a_field_of_the_recipe_is_refused(written_row):
+    report = report_with(0.9)
+    del report["config"]["recipe"]["cutout"]
+    with pytest.raises(ValueError, match=r"study/0\.json.*missing: \['cutout'\]"):
+        written_row(report)
+
+
+def test_a_report_with_an_unknown_field_in_its_recipe_is_refused(written_row):
+    with pytest.raises(ValueError, match=r"study/0\.json.*unknown: \['dropout'\]"):
+        written_row(report_with(0.9, "recipe", dropout=0.5))
+
+
+def test_a_pattern_without_reports_is_refused_unless_it_is_empty():
+    with pytest.raises(ValueError, match="no report matches nothing/"):
+        tables.load_row("nothing/*")
+    assert tables.load_row("") == {}
+    assert tables.make_cell("accuracy", [{}], 0) == "-"
+
+
+def test_an_unknown_column_is_refused():
+    rows = [{"a": report_with(0.9)}, {"b": report_with(0.9)}]
+    with pytest.raises(ValueError, match="no column has the name mean"):
+        tables.make_cell("mean", rows, 1)
+
+
+def row_with(*counts):
+    """Return a row of runs with so many of 10,000 test images classified correctly."""
+    return {f"run{i}-{counts[0]}": report_with(count / 10_000)
+            for i, count in enumerate(counts)}
+
+
+@pytest.mark.parametrize("count, shown", [
+    (94_595, "94.60"), (94_594, "94.59"), (5, "0.01"), (100_000, "100.00")])
+def test_percentages_are_rounded_as_by_hand(count, shown):
+    assert tables.percent(count / 100_000) == shown
+
+
+def test_means_and_deviations_against_numpy():
+    counts = [9457, 9467, 9462]
+    percent = np.array(counts) / 100
+    expected = f"{percent.mean():.2f} ± {percent.std(ddof=1):.2f} (n=3)"
+    assert tables.accuracy_cell(row_with(*counts)) == expected
+    assert tables.accuracy_cell(row_with(9420)) == "94.20 (n=1)"
+
+
+@pytest.mark.parametrize("column, other", [("gain", 1), ("ahead", 0)])
+def test_distances_and_their_errors_against_numpy(column, other):
+    counts = [[9457, 9467, 9462], [9420], [9451, 9433]]
+    percent = [np.array(row) / 100 for row in counts]
+    residuals = np.concatenate([row - row.mean() for row in percent])
+    deviation = np.sqrt((residuals ** 2).sum() / (6 - 3))  # six runs, three means
+    distance = percent[2].mean() - percent[other].mean()
+    error = deviation * np.sqrt(1 / 2 + 1 / len(counts[other]))
+    rows = [row_with(*row) for row in counts]
+    assert tables.make_cell(column, rows, 2) == f"{distance:+.2f} ± {error:.2f}"
+    assert tables.make_cell(column, rows, 0) == "-"
+
+
+@pytest.mark.parametrize("epochs, shown", [
+    ([19, 19], "19"), ([22, 18, 20], "18 to 22"), ([None, 19], "19 to never"),
+    ([None], "never")])
+def test_epochs_to_a_goal_are_shown_from_first_to_last(epochs, shown):
+    row = {}
+    for number, epoch in enumerate(epochs):
+        row[str(number)] = report_with(0.9, "summary", epochs_to={"0.90": 7, "0.94": epoch})
+    assert tables.make_cell("94% at epoch", [row], 0) == shown
+
+
+def test_a_distance_between_rows_of_one_run_is_refused():
+    with pytest.raises(ValueError, match="needs a row with two runs"):
+        tables.make_cell("gain", [row_with(9420), row_with(9430)], 1)
+
+
+# A sweep of 60 steps: the loss rises a little for 20 of them, falls from 2 to 1 in 20, and
+# stays there.
+STEP_LRS = np.geomspace(1e-6, 1, 60).tolist()
+STEP_LOSSES = [*(2 + step / 1000 for step in range(20)),
+               *(2 - step / 20 for step in range(1, 21)), *[1.0] * 20]
+
+
+def test_the_steepest_slope_is_in_the_fall():
+    assert STEP_LRS[20] <= rules.steepest(STEP_LRS, STEP_LOSSES, 0) <= STEP_LRS[40]
+
+
+def test_a_tenth_of_the_minimum_is_read_from_the_smoothed_losses():
+    # fastai's average still falls after the loss does, so it is lowest at the last step
+    # that fastai looks at: the sixth from the end.
+    assert rules.tenth_of_minimum(STEP_LRS, STEP_LOSSES, 0) == STEP_LRS[54] / 10
+
+
+def test_the_valley_is_half_way_down_the_longest_fall():
+    # Of 60 steps, fastai looks at those from 6 to 54. The average falls from step 19 to 54:
+    # 36 steps. fastai takes the step 36 before the last one, plus 12, plus 6.
+    assert rules.valley(STEP_LRS, STEP_LOSSES, 0) == STEP_LRS[54 - 36 + 12 + 6]
+
+
+def test_our_rule_is_that_of_the_script_with_its_limit():
+    unlimited = rules.without_limit(STEP_LRS, STEP_LOSSES, 100)
+    assert unlimited == 1.0  # the loss never rises
+    limited = rules.ours(STEP_LRS, STEP_LOSSES, 1)
+    # The loss is low from about 0.01 to 1. The limit is a ninth of the rate between them.
+    assert limited == pytest.approx(0.1 / 9, rel=0.3)
+
+
+def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
+    assert rules.ours([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 0) == 1e-6
+
+
+@pytest.fixture
+def finder_case(tmp_path, monkeypatch):
+    """Let the finder have one case, whose record has two runs at each of three rates."""
+    monkeypatch.setattr(finder, "HERE", tmp_path)
+    case = finder.Case(rate=0.01, images=100, batch_size=40, epochs=2)
+    monkeypatch.setattr(finder, "CASES", {"case": case})
+    accuracies = {0.001: (0.2, 0.4), 0.01: (0.6, 0.6), 0.1: (0.1, 0.3)}
+    runs = [{"seed": seed, "lr_max": rate, "accuracy": accuracy}
+            for rate, pair in accuracies.items() for seed, accuracy in enumerate(pair)]
+    sweeps = [{"seed": seed, "lr": [1e-3, 1e-2], "loss": [2.0, 1.0]} for seed in (0, 1)]
+    finder.record_path("case").parent.mkdir()
+    finder.record_path("case").write_text(json.dumps({"runs": runs, "sweeps": sweeps}))
+    return "case"
+
+
+@pytest.mark.parametrize("picked, lost", [
+    (0.01, 0), (0.001, 30), (0.1, 40), (10 ** -2.5, 15), (1e-6, 30), (10.0, 40)])
+def test_a_regret_is_the_accuracy_that_is_lost_against_the_best_rate(
+        finder_case, picked, lost):
+    regret = finder.regret(finder_case, lambda lrs, losses, steps: picked)
+    assert regret == pytest.approx(lost)
+
+
+def test_a_regret_is_the_mean_over_the_sweeps(finder_case):
+    picks = iter([0.01, 0.1])
+    regret = finder.regret(finder_case, lambda lrs, losses, steps: next(picks))
+    assert regret == pytest.approx(20)
+
+
+@pytest.mark.parametrize("picks, cell", [
+    ([0.001, 0.1], "35.0"), ([0.01, 0.2], "20.0*"), ([0.0005, 0.01], "15.0*")])
+def test_a_regret_has_a_star_if_a_rate_was_picked_beyond_the_measured_ones(
+        finder_case, picks, cell):
+    endless = itertools.cycle(picks)
+    assert finder.regret_cell(finder_case, lambda lrs, losses, steps: next(endless)) == cell
+
+
+@pytest.mark.parametrize("changes, steps", [
+    ({}, 6), ({"optimizer": torch.optim.AdamW}, 6),  # two epochs of three steps
+    ({"optimizer": finder.plain_sgd}, 0), ({"recipe": train.Recipe(optimizer="muon")}, 0)])
+def test_a_rule_is_told_the_steps_of_a_training_with_adam(
+        finder_case, monkeypatch, changes, steps):
+    case = dataclasses.replace(finder.CASES[finder_case], **changes)
+    monkeypatch.setitem(finder.CASES, finder_case, case)
+    told = []
+
+    def rule(lrs, losses, steps):
+        told.append((lrs, losses, steps))
+        return 0.01
+
+    finder.picked_rates(finder_case, rule)
+    assert told == [([1e-3, 1e-2], [2.0, 1.0], steps)] * 2
+
+
+@pytest.mark.parametrize("name", finder.CASES)
+def test_a_case_has_a_record_of_all_its_sweeps_and_runs(name):
+    record = finder.load_record(name)
+    case = finder.CASES[name]
+    assert [sweep["seed"] for sweep in record["sweeps"]] == list(finder.SWEEP_SEEDS)
+    expected = [(case.rate * ratio, seed) for ratio in finder.RATIOS for seed in case.seeds]
+    assert [(run["lr_max"], run["seed"]) for run in record["runs"]] == expected
+
+
+def test_sixty_classes_are_ten_times_the_six_orders_of_the_colors():
+    images = torch.tensor([1, 2, 3]).byte().view(1, 3, 1, 1).repeat(120, 1, 2, 2)
+    labels = torch.arange(120) // 6 % 10
+    relabeled = finder.sixty_classes(train.Split(images, labels))
+    assert relabeled.images.shape == images.shape
+    assert sorted(relabeled.labels.tolist()) == sorted([*range(60)] * 2)
+    for order in range(6):
+        of_order = relabeled.images[relabeled.labels % 6 == order]
+        assert (of_order == of_order[:1]).all()  # all have their colors in one order
+    assert len(relabeled.images.unique(dim=0)) == 6
+
+
+def test_a_case_can_be_swept_and_trained(finder_case, monkeypatch):
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    case = finder.Case(rate=0.01, images=50, batch_size=25, epochs=1, model=linear_network)
+    monkeypatch.setattr(finder, "CASES", {"case": case})
+    monkeypatch.setattr(finder, "HELD_OUT", 40)
+    finder.measure("case", "data")
+    test_a_case_has_a_record_of_all_its_sweeps_and_runs("case")
+    measured = finder.load_record("case")
+    finder.measure("case", "data", with_training=False)
+    assert finder.load_record("case")["runs"] == measured["runs"]
+
+
+def test_a_case_that_diverges_has_the_accuracy_of_chance(monkeypatch):
+    def diverge(run, rates):
+        raise train.Diverged("the loss became NaN")
+        yield
+
+    monkeypatch.setattr(train, "train_epochs", diverge)
+    case = finder.Case(rate=0.01, num_classes=60)
+    assert finder.final_accuracy(case, None, 0.01) == 1 / 60
+
+
+def test_training_images_that_are_held_out_too_are_refused(monkeypatch):
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    training, held_out = finder.split_training_images("data", 60, 40)
+    assert torch.equal(torch.cat([training.labels, held_out.labels]), split.labels)
+    with pytest.raises(ValueError, match="61 training images and 40 held-out ones"):
+        finder.split_training_images("data", 61, 40)
+
+
+# ---- The studies that tune Muon ----------------------------------------------------------
+
+STUDIES = {"muon": muon_tuning.STUDY}
+RUNS_OF_STUDIES = [pytest.param(study, name, id=f"{title}-{name}")
+                   for title, study in STUDIES.items() for name in study.runs]
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_a_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in_common(study):
+    signs = 2 * study.levels() - 1
+    runs, factors = signs.shape
+    assert factors == len(study.factors)
+    assert (signs.sum(0) == 0).all()
+    assert (signs.T @ signs == runs * np.eye(factors)).all()
+    for first, second in itertools.combinations(range(factors), 2):
+        assert (signs.T @ (signs[:, first] * signs[:, second]) == 0).all()
+
+
+def test_a_factorial_has_all_combinations_of_its_first_factors():
+    factors = {"size": (1, 2), "color": (3, 4), "speed": (5, 6)}
+    study = factorial.Factorial("study", factors, parities=[(0, 1)])
+    assert study.runs == {
+        "000": {"size": 1, "color": 3, "speed": 5}, "011": {"size": 1, "color": 4, "speed": 6},
+        "101": {"size": 2, "color": 3, "speed": 6}, "110": {"size": 2, "color": 4, "speed": 5}}
+    assert study.levels().tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
+
+
+def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
+    generator = np.random.default_rng(0)
+    levels = muon_tuning.levels_with_joint_effect()
+    results = generator.normal(size=16)
+    effects, _ = factorial.estimate_effects(levels, results)
+    assert len(effects) == len(muon_tuning.FACTORS) + 1
+    for factor, effect in enumerate(effects):
+        is_high = levels[:, factor] == 1
+        assert effect == pytest.approx(results[is_high].mean() - results[~is_high].mean())
+
+
+def test_the_error_of_an_effect_is_how_far_it_spreads():
+    generator = np.random.default_rng(0)
+    levels = muon_tuning.levels_with_joint_effect()
+    true_effects = np.arange(7)
+    squared_errors = []
+    distances = []
+    for _ in range(500):
+        results = levels @ true_effects + generator.normal(size=16)
+        effects, error = factorial.estimate_effects(levels, results)
+        distances.append(effects - true_effects)
+        squared_errors.append(error ** 2)
+    assert np.sqrt(np.mean(squared_errors)) == pytest.approx(np.std(distances), rel=0.1)
+    assert np.std(distances) == pytest.approx(0.5, rel=0.1)  # 2 / sqrt(16)
+
+
+def test_effects_are_shown_in_points():
+    levels = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    accuracies = [0.5, 0.49, 0.52, 0.53]  # not additive, so that there is an error
+    assert factorial.cells_of_effects(levels, accuracies) == ["+3.00 ± 1.00", "+0.00 ± 1.00"]
+
+
+def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
+    def load_record(name):
+        is_high = [digit == "1" for digit in name]
+        accuracy = 0.8 if is_high[0] and not is_high[2] else 0.2 + 0.1 * is_high[1]
+        return {"values": muon_tuning.STUDY.runs[name], "accuracies": [0.0, accuracy],
+                "tta_accuracy": accuracy}
+
+    monkeypatch.setattr(muon_tuning.STUDY, "load_record", load_record)
+    _, *rows = muon_tuning.table_of_pairs()
+    assert rows == [["0.6", "0.07", "25.00", "25.00"], ["0.6", "0.14", "80.00", "80.00"],
+                    ["0.85", "0.07", "25.00", "25.00"], ["0.85", "0.14", "25.00", "25.00"]]
+
+
+@pytest.mark.parametrize("study, name", RUNS_OF_STUDIES)
+def test_a_run_of_a_factorial_has_a_record(study, name):
+    record = study.load_record(name)
+    assert record["values"] == study.runs[name]
+
+
+def test_a_record_of_other_values_is_refused(monkeypatch):
+    name = next(iter(muon_tuning.STUDY.runs))
+    monkeypatch.setitem(muon_tuning.STUDY.runs, name, {"momentum": 0.9})
+    with pytest.raises(ValueError, match="has other values than the study"):
+        muon_tuning.STUDY.load_record(name)
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """Return a study of four runs, whose records are written into a folder of the test."""
+    split = random_split(100)
+    monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
+    monkeypatch.setattr(factorial, "HERE", tmp_path)
+    return factorial.Factorial("study", {"size": (1, 2), "color": (3, 4)}, parities=[])
+
+
+def test_a_study_measures_the_runs_that_have_no_record(small_study, monkeypatch):
+    calls = []
+
+    def train_run(values, training, held_out, seed):
+        calls.append((values["size"], values["color"], seed))
+        return {"values": values, "images": [len(training.labels), len(held_out.labels)]}
+
+    monkeypatch.setattr(sys, "argv", ["study.py", "01", "11"])
+    small_study.measure(train_run, 60, 40, "a study")
+    monkeypatch.setattr(sys, "argv", ["study.py"])
+    small_study.measure(train_run, 60, 40, "a study")
+    assert calls == [(1, 4, 1), (2, 4, 3), (1, 3, 0), (2, 3, 2)]
+    assert small_study.load_records()[0]["images"] == [60, 40]
+
+
+def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "00"])
+    small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+    with pytest.raises(ValueError, match="has other values than the study"):
+        small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+
+
+def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch):
+    for name in ("MUON_MOMENTUM", "NEWTON_SCHULZ_STEPS", "MUON_LR_FACTOR"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # set back at the end
+    monkeypatch.setattr(muon_tuning, "EPOCHS", 1)
+    split = random_split(40)
+    values = muon_tuning.STUDY.runs["110100"]
+    seen = []
+    true_step = train.muon_step
+
+    def muon_step(weight, gradient, momentum, lr, dtype):
+        seen.append((train.MUON_MOMENTUM, train.NEWTON_SCHULZ_STEPS, lr))
+        true_step(weight, gradient, momentum, lr, dtype)
+
+    monkeypatch.setattr(train, "muon_step", muon_step)
+    record = muon_tuning.train_run(values, split, split, seed=0)
+    momentums, steps, lrs = zip(*seen)
+    assert set(momentums) == {0.6}
+    assert set(steps) == {5}
+    assert 0.1 < max(lrs) <= 0.14
+    assert len(record["accuracies"]) == 1
+
+
+def test_the_narrow_network_begins_by_passing_its_input_on():
+    torch.manual_seed(0)
+    network = muon_tuning.NarrowResNet()
+    assert sum(parameter.numel() for parameter in network.parameters()) < 500_000
+    images = torch.rand(1, 32, 8, 8)
+    block = network[2].residual[0]  # a convolution that has as many outputs as inputs
+    assert torch.equal(block[0](images), images)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
