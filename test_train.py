@@ -80,6 +80,12 @@ def write_cifar10(folder):
     }
 
 
+def use_small_data(patch, attributes):
+    """Let CIFAR10 accept the files of `write_cifar10`. `patch` is a MonkeyPatch."""
+    for name, value in attributes.items():
+        patch.setattr(CIFAR10, name, value)
+
+
 class Workplace:
     """A folder with small data, where the script runs: in this process or in its own."""
 
@@ -119,8 +125,7 @@ class Workplace:
 def workplace(tmp_path, monkeypatch):
     """Change to a folder whose data/ has 100 training images and 20 test images."""
     attributes = write_cifar10(tmp_path / "data" / CIFAR10.base_folder)
-    for name, value in attributes.items():
-        monkeypatch.setattr(CIFAR10, name, value)
+    use_small_data(monkeypatch, attributes)
     monkeypatch.chdir(tmp_path)
     return Workplace(tmp_path, attributes)
 
@@ -2764,8 +2769,7 @@ def finished_run(tmp_path_factory):
                  "--precision", "fp32", "--epsilon", 0.02, "--beta2", 0.98, "--ema-epochs", 2,
                  "--checkpoint", "results/run.pt", "--weights", "results/weights.pt"]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in attributes.items():
-            patch.setattr(CIFAR10, name, value)
+        use_small_data(patch, attributes)
         patch.chdir(folder)
         with open("screen.txt", "w") as screen, contextlib.redirect_stdout(screen):
             report = train.main(arguments)
@@ -3153,13 +3157,18 @@ def test_a_run_removes_the_figures_of_an_earlier_one_and_no_others(quick_workpla
     assert pictures() == {"run-of-mine.png"}
 
 
+@pytest.fixture
+def figure():
+    """Return an empty figure. Without matplotlib, the test is skipped."""
+    return pytest.importorskip("matplotlib.figure").Figure()
+
+
 def lines_of(axes):
     """Return the points (x, y) of each line in a figure's axes."""
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
 
 
-def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them(figure):
     train.plot_sweep(figure, {"lr_sweep": FOUND.sweep, "rates": FOUND._asdict()})
     (axes,) = figure.axes
     lines = lines_of(axes)
@@ -3173,8 +3182,7 @@ def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them(
     assert axes.get_xscale() == "log"
 
 
-def test_the_figure_of_the_curves_shows_the_rows_of_the_report(finished_run):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_the_curves_shows_the_rows_of_the_report(figure, finished_run):
     report = copy.deepcopy(finished_run.report)
     rows = report["epochs"]
     rows[1]["test_accuracy"] = 0.5  # so that no goal is near
@@ -3191,8 +3199,7 @@ def test_the_figure_of_the_curves_shows_the_rows_of_the_report(finished_run):
     assert "after epoch 2" in title
 
 
-def test_the_figure_of_the_curves_shows_the_learning_rate_of_each_step(finished_run):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_the_curves_shows_the_learning_rate_of_each_step(figure, finished_run):
     train.plot_curves(figure, finished_run.report)
     ((epochs, lrs),) = lines_of(figure.axes[2])
     assert epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
@@ -3204,16 +3211,14 @@ def test_the_figure_of_the_curves_shows_the_learning_rate_of_each_step(finished_
 
 
 @pytest.mark.parametrize("accuracy, is_drawn", [(0.5, False), (0.93, True)])
-def test_the_goal_is_drawn_when_it_is_near(finished_run, accuracy, is_drawn):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_goal_is_drawn_when_it_is_near(figure, finished_run, accuracy, is_drawn):
     report = copy.deepcopy(finished_run.report)
     report["epochs"][-1]["test_accuracy"] = accuracy
     train.plot_curves(figure, report)
     assert (([0, 1], [0.94, 0.94]) in lines_of(figure.axes[1])) == is_drawn
 
 
-def test_figures_show_images_as_they_were_before_normalization():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_figures_show_images_as_they_were_before_normalization(figure):
     run = small_run(model=DropoutNetwork)
     train.plot_images(figure, run, run.test.images, CLASSES[:8], 4, "title")
     images = random_split(8).images.permute(0, 2, 3, 1)
@@ -3222,8 +3227,7 @@ def test_figures_show_images_as_they_were_before_normalization():
         assert axes.get_title() == caption
 
 
-def test_the_figure_of_misclassified_images_shows_them_with_both_classes():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_misclassified_images_shows_them_with_both_classes(figure):
     run = small_run(model=DropoutNetwork)
     labels = run.test.labels
     predicted = labels.clone()
@@ -3239,8 +3243,7 @@ def test_the_figure_of_misclassified_images_shows_them_with_both_classes():
         assert axes.get_title() == f"{true}\ntaken for {wrong}\nwith probability 0.55"
 
 
-def test_the_figure_of_misclassified_images_has_at_most_ten():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_misclassified_images_has_at_most_ten(figure):
     run = small_run(count=16, model=DropoutNetwork)
     probability = F.one_hot((run.test.labels + 1) % 10, 10).float()  # all are wrong
     report = {"data": {"evaluated_on": "test images"}}
@@ -3248,8 +3251,7 @@ def test_the_figure_of_misclassified_images_has_at_most_ten():
     assert sum(len(axes.images) for axes in figure.axes) == 10
 
 
-def test_the_figure_of_augmented_images_shows_the_first_batch_of_training():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_augmented_images_shows_the_first_batch_of_training(figure):
     run = small_run(model=DropoutNetwork)
     train.plot_augmented(figure, run, CLASSES)
     images, labels = next(train.augmented_batches(run, 1))
@@ -3259,8 +3261,7 @@ def test_the_figure_of_augmented_images_shows_the_first_batch_of_training():
         assert axes.get_title() == CLASSES[label]
 
 
-def test_the_figure_of_confusions_shows_which_share_of_a_class_is_taken_for_which():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_figure_of_confusions_shows_which_share_of_a_class_is_taken_for_which(figure):
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     predicted = torch.tensor([0, 0, 1, 1, 1, 0, 0])
     run = SimpleNamespace(test=train.Split(None, labels))
@@ -4129,25 +4130,16 @@ FAKE_MODULES = {
 def run_snippet(snippet, names):
     """Run Python of the README with these global names. Return what it printed.
 
-    If it makes or changes a run without training it, the run trains afterwards. So the
-    functions that the snippet gave to the run are called.
+    The names have a run that has not trained. If that of the snippet has not trained
+    either, it trains afterwards. So the functions that the snippet gave to it are called.
     """
-    if "start_run" not in snippet:  # it goes on with a run that has not trained
-        names["run"] = small_run(Recipe(epochs=2, batch_size=8))
-        names["rates"] = train.Rates(1e-4, 1e-2)
+    names["run"] = small_run(Recipe(epochs=2, batch_size=8))
+    names["rates"] = STEP_RATES
     code = compile(shorten(snippet), snippet, "exec")  # a traceback shows it
     with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
         exec(code, names)
-        if re.search(r"\brun\b", snippet):
-            run = names["run"]
-            if run.epoch == 0:
-                list(train.train_epochs(run, names["rates"]))
-            print("last learning rate", run.optimizer.param_groups[0]["lr"])
-        if "save_weights" in snippet:
-            (path,) = re.findall(r"\w+\.pt", snippet)
-            print("saved classes", len(train.load_weights(path)[3]))
-        if "savefig" in snippet:
-            print("written", Path("comparison.png").exists())
+    if names["run"].epoch == 0:
+        list(train.train_epochs(names["run"], names["rates"]))
     return Path("printed.txt").read_text()
 
 
@@ -4162,14 +4154,18 @@ def write_photos(folder, count):
 
 
 @pytest.fixture(scope="module")
-def snippet_outputs(tmp_path_factory):
-    """Run the README's Python in one namespace. Return what each snippet printed."""
+def snippets(tmp_path_factory):
+    """Run the README's Python in one namespace, one snippet after the other.
+
+    Return what each printed, the runs that they left, and the folder with their files.
+    """
     folder = tmp_path_factory.mktemp("snippets")
     attributes = write_cifar10(folder / "data" / CIFAR10.base_folder)
+    printed = {}
+    runs = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        for name, value in attributes.items():
-            monkeypatch.setattr(CIFAR10, name, value)
+        use_small_data(monkeypatch, attributes)
         for name, module in FAKE_MODULES.items():
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeCIFAR100)
@@ -4183,44 +4179,49 @@ def snippet_outputs(tmp_path_factory):
             rows = [{"epoch": epoch, "test_accuracy": epoch / 10} for epoch in (1, 2)]
             Path(name).write_text(json.dumps({"epochs": rows}))
         names = {}
-        snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        return {snippet: run_snippet(snippet, names) for snippet in snippets}
+        for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+            printed[snippet] = run_snippet(snippet, names)
+            runs[snippet] = names["run"]
+    return SimpleNamespace(printed=printed, runs=runs, folder=folder)
 
 
-def outputs_of(snippet_outputs, word):
-    """Return what the snippets that have a word printed. At least one has it."""
-    outputs = [output for snippet, output in snippet_outputs.items() if word in snippet]
-    assert outputs
-    return outputs
+def of_snippets_with(word, results):
+    """Return the results of the snippets that have a word. At least one has it."""
+    chosen = [result for snippet, result in results.items() if word in snippet]
+    assert chosen
+    return chosen
 
 
-def test_the_snippets_that_print_epochs_print_both(snippet_outputs):
-    for output in outputs_of(snippet_outputs, 'print(row["epoch"]'):
-        assert re.findall(r"^(\d+) 0\.\d+$", output, re.MULTILINE) == ["1", "2"]
+def test_the_snippets_that_print_epochs_print_both(snippets):
+    for printed in of_snippets_with('print(row["epoch"]', snippets.printed):
+        assert re.findall(r"^(\d+) 0\.\d+$", printed, re.MULTILINE) == ["1", "2"]
 
 
-def test_the_snippet_with_another_schedule_sets_the_learning_rate(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "constant_rate")
-    assert "last learning rate 0.01\n" in output
+def test_the_snippet_with_another_schedule_sets_the_learning_rate(snippets):
+    (run,) = of_snippets_with("constant_rate", snippets.runs)
+    assert run.optimizer.param_groups[0]["lr"] == 0.01
 
 
-def test_the_snippet_on_another_data_set_saves_weights_that_can_be_loaded(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "CIFAR100")
-    assert output.endswith("saved classes 100\n")
+def test_the_snippet_on_another_data_set_saves_weights_that_can_be_loaded(
+        snippets, monkeypatch):
+    of_snippets_with("CIFAR100", snippets.printed)
+    monkeypatch.setattr(train, "ResNet", NarrowNetwork)
+    classes = train.load_weights(snippets.folder / "cifar100.pt")[3]
+    assert len(classes) == 100
 
 
-def test_the_snippet_that_draws_two_reports_writes_a_figure(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "savefig")
-    assert output == "written True\n"
+def test_the_snippet_that_draws_two_reports_writes_a_figure(snippets):
+    of_snippets_with("savefig", snippets.printed)
+    assert (snippets.folder / "comparison.png").is_file()
 
 
-def test_the_snippet_on_a_folder_of_photos_trains(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "ImageFolder")
-    assert output.startswith("1 0.")
+def test_the_snippet_on_a_folder_of_photos_trains(snippets):
+    (printed,) = of_snippets_with("ImageFolder", snippets.printed)
+    assert printed.startswith("1 0.")
 
 
-def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippet_outputs):
-    outputs_of(snippet_outputs, "SummaryWriter")
+def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippets):
+    of_snippets_with("SummaryWriter", snippets.printed)
     steps = {}
     for name, _, step in FakeSummaryWriter.rows:
         steps.setdefault(name, []).append(step)
@@ -4228,15 +4229,15 @@ def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippet_outputs):
     assert steps["test_accuracy"] == [1, 2]
 
 
-def test_the_snippet_with_saved_weights_prints_a_class(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "load_weights")
-    assert output.split()[0] in CLASSES
+def test_the_snippet_with_saved_weights_prints_a_class(snippets):
+    (printed,) = of_snippets_with("load_weights", snippets.printed)
+    assert printed.split()[0] in CLASSES
 
 
-def test_the_snippet_for_many_seeds_trains_each_to_the_end(snippet_outputs):
-    (output,) = outputs_of(snippet_outputs, "import pandas, ray")
-    assert output.count("final  ") == 2
-    assert "count 2, mean 0." in output
+def test_the_snippet_for_many_seeds_trains_each_to_the_end(snippets):
+    (printed,) = of_snippets_with("import pandas, ray", snippets.printed)
+    assert printed.count("final  ") == 2
+    assert "count 2, mean 0." in printed
 
 
 if __name__ == "__main__":
