@@ -442,8 +442,6 @@ def test_cifar10_is_loaded_as_torchvision_shows_it(workplace):
 
 
 TRAINABLE = random_split(8)
-WITHOUT_GREEN = TRAINABLE.images.clone()
-WITHOUT_GREEN[:, 1] = 0
 
 
 @pytest.mark.parametrize("changed, reason", [
@@ -451,14 +449,15 @@ WITHOUT_GREEN[:, 1] = 0
      r"images must be uint8 \(N, C, H, W\), got torch.float32 \(8, 3, 32, 32\)"),
     ({"images": TRAINABLE.images[:, 0]},
      r"images must be uint8 \(N, C, H, W\), got torch.uint8 \(8, 32, 32\)"),
-    ({"images": WITHOUT_GREEN}, "a channel of the images is constant"),
     ({"images": TRAINABLE.images[:0], "labels": TRAINABLE.labels[:0]},
      "each image needs a label, got 0 images and 0 labels"),
     ({"labels": TRAINABLE.labels[:7]},
      "each image needs a label, got 8 images and 7 labels"),
-    ({"labels": torch.full((8,), 10)}, "labels must be whole numbers from 0 to 9"),
-    ({"labels": torch.full((8,), -1)}, "labels must be whole numbers from 0 to 9"),
-    ({"labels": torch.zeros(8)}, "labels must be whole numbers from 0 to 9"),
+    ({"images": TRAINABLE.images.numpy()}, "images and labels must be tensors.*make_split.*"),
+    ({"labels": TRAINABLE.labels.tolist()}, "images and labels must be tensors.*make_split.*"),
+    ({"labels": torch.full((8,), 10)}, "labels must be from 0 to 9, because num_classes is 10"),
+    ({"labels": torch.full((8,), -1)}, "labels must be from 0 to 9, because num_classes is 10"),
+    ({"labels": torch.zeros(8)}, "labels must be whole numbers"),
     ({"labels": torch.tensor(1)}, r"labels must be \(N,\), one for each image, got \(\)"),
     ({"labels": torch.zeros(8, 1).long()}, r"labels must be \(N,\), .* got \(8, 1\)"),
     ({"labels": torch.eye(10)[:8].long()}, r"labels must be \(N,\), .* got \(8, 10\)")])
@@ -468,6 +467,16 @@ def test_a_split_that_cannot_be_trained_on_is_named_with_the_reason(changed, rea
         train.start_run(Recipe(), split, TRAINABLE, device="cpu")
     with pytest.raises(ValueError, match=f"^test split: {reason}$"):
         train.start_run(Recipe(), TRAINABLE, split, device="cpu")
+
+
+@pytest.mark.parametrize("value", [0, 77])
+def test_a_channel_that_is_constant_in_training_is_refused_but_not_in_the_test(value):
+    images = TRAINABLE.images.clone()
+    images[:, 1] = value
+    split = TRAINABLE._replace(images=images)
+    with pytest.raises(ValueError, match="^training split: a channel .* is constant$"):
+        train.start_run(Recipe(), split, TRAINABLE, device="cpu")
+    train.start_run(Recipe(), TRAINABLE, split, device="cpu", model=linear_network)
 
 
 @pytest.mark.parametrize("height, width, padding, cutout", [
@@ -787,6 +796,16 @@ def test_batches_are_channels_last_whatever_augment_returns(augment):
     run = run_with(random_split(8), batch_size=8, augment=augment)
     images, _ = next(train.augmented_batches(run, 1))
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("count, sizes", [
+    (32, [16, 16]), (33, [16, 17]), (34, [16, 16, 2]), (17, [17]), (16, [16]), (5, [5])])
+def test_a_last_image_alone_joins_the_batch_before_it(count, sizes):
+    run = run_with(random_split(count), batch_size=16)
+    batches = list(train.augmented_batches(run, 1))
+    assert [len(labels) for _, labels in batches] == sizes
+    assert all(len(images) == len(labels) for images, labels in batches)
+    assert run.steps_per_epoch == len(sizes)
 
 
 @pytest.fixture
@@ -1658,6 +1677,23 @@ def test_evaluation_against_pytorch_written_out(tta):
     assert result["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 4100
 
 
+def test_predictions_serve_as_targets_of_another_network():
+    run = small_run(model=linear_network)
+    targets = train.predict_logits(run, run.test.images)
+    F.mse_loss(run.forward(run.test.images), targets).backward()  # needs to save the targets
+    assert not targets.requires_grad
+
+
+@pytest.mark.parametrize("height, sizes", [(32, [5, 3]), (80, [2, 2, 2, 2]), (400, [1] * 8)])
+def test_larger_images_are_evaluated_in_smaller_batches(monkeypatch, height, sizes):
+    monkeypatch.setattr(train, "EVALUATED_PIXELS", 5 * 32 * 32)
+    run = run_with(random_split(8, height, 32))
+    seen = []
+    run.averaged.register_forward_pre_hook(lambda module, inputs: seen.append(len(*inputs)))
+    assert train.predict_logits(run, run.test.images).shape == (8, 10)
+    assert seen == sizes
+
+
 def test_prediction_refuses_the_padded_images_of_training():
     run = small_run(model=linear_network)
     with pytest.raises(ValueError, match=re.escape(
@@ -1729,6 +1765,14 @@ def test_an_interrupted_epoch_is_not_continued(start):
         list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
     with pytest.raises(ValueError, match="interrupted"):
         start(run)
+
+
+def test_an_interrupted_epoch_has_no_state():
+    run = small_run(Recipe(epochs=2, batch_size=4), model=linear_network)
+    with pytest.raises(KeyboardInterrupt):
+        list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
+    with pytest.raises(ValueError, match="interrupted"):
+        run.state()
 
 
 def test_after_an_interrupted_epoch_an_earlier_state_is_continued():
@@ -1995,6 +2039,22 @@ def test_muon_leaves_a_frozen_convolution_as_it_is():
     list(train.train_epochs(run, STEP_RATES))
     assert torch.equal(frozen, before)
     assert not torch.equal(run.model[2][0].weight, other_before)
+
+
+def test_muon_takes_only_convolutions():
+    class PositionNetwork(SmallResNet):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(1, 3, 32, 32))  # has four dimensions
+
+        def forward(self, x):
+            return super().forward(x + self.position)
+
+    run = small_run(Recipe(optimizer="muon", batch_size=8), model=PositionNetwork)
+    matrices, _, convolutions = run.optimizer.param_groups
+    assert [id(values) for values in convolutions["params"]] == [
+        id(run.model[1][0].weight), id(run.model[2][0].weight)]
+    assert any(values is run.model.position for values in matrices["params"])
 
 
 @pytest.mark.parametrize("model", [
@@ -2435,6 +2495,23 @@ def test_a_continued_run_takes_its_rates_from_the_checkpoint(quick_workplace, sw
     assert second["lr_sweep"] == first["lr_sweep"] == FOUND.sweep
 
 
+def test_a_continued_run_says_where_it_began_and_where_it_went_on(
+        quick_workplace, monkeypatch):
+    command = ["--epochs", 3, "--checkpoint", "run.pt", *RATES]
+
+    def run_at(commit):
+        monkeypatch.setattr(train, "script_commit", lambda: commit)
+        return quick_workplace.run(*command)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_steps(patch, {5: raiser(KeyboardInterrupt)})
+        run_at("first")
+    run_at("second")
+    report = run_at("third")  # has nothing left to train
+    assert report["environment"]["commit"] == "first"
+    assert [later["commit"] for later in report["continued_in"]] == ["second"]
+
+
 def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
         quick_workplace, monkeypatch, capsys):
     command = ["--epochs", 3, "--checkpoint", "run.pt", *RATES]
@@ -2473,6 +2550,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
         f"run.pt is of another run: {differences}.\n"
         "Give the same options, delete the checkpoint, or choose another one.")
     assert [Path(name).read_bytes() for name in ("run.pt", "run.json")] == files
+
+
+def test_a_checkpoint_of_older_code_is_refused_with_the_constant_that_it_lacks(
+        quick_workplace):
+    command = ["--checkpoint", "run.pt", "--epochs", 1, *RATES]
+    quick_workplace.run(*command)
+    saved = torch.load("run.pt", weights_only=True)
+    del saved["report"]["config"]["recipe"]["flips"]
+    torch.save(saved, "run.pt")
+    message = quick_workplace.fail(*command)
+    assert message.startswith("run.pt is of another run: flips None, not alternating.")
 
 
 def cut_off(path):
@@ -2747,6 +2835,14 @@ def test_a_network_that_was_given_to_a_run_keeps_the_scale_of_its_logits(tmp_pat
     assert run.recipe.logit_scale == 0.125
     train.save_weights(tmp_path / "weights.pt", run, CLASSES)
     assert train.load_weights(tmp_path / "weights.pt")[0].logit_scale == 1
+
+
+def test_weights_of_a_recipe_with_a_constant_of_older_code_are_loaded(
+        weights_and_run, tmp_path):
+    saved = torch.load(weights_and_run[0], weights_only=True)
+    saved["recipe"]["mixup"] = 0.5
+    torch.save(saved, tmp_path / "older.pt")
+    assert train.load_weights(tmp_path / "older.pt")[0].logit_scale == 0.25
 
 
 def test_names_of_classes_from_numpy_are_loaded_again(tmp_path):
@@ -3080,11 +3176,11 @@ def test_interrupted_seeds_continue_with_the_seed_that_was_interrupted(
 
 # Names of files.
 
-@pytest.mark.parametrize("path, expected", [
-    ("run.json", "run"), ("run.pt", "run"), ("lr0.02", "lr0.02"), ("lr0.02.pt", "lr0.02"),
-    ("folder.v1/run", "folder.v1/run"), ("folder.v1/run.json", "folder.v1/run")])
-def test_only_the_endings_of_reports_and_checkpoints_are_taken_off(path, expected):
-    assert train.without_ending(path) == expected
+@pytest.mark.parametrize("stem, ending", [
+    ("run", ".json"), ("run", ".pt"), ("lr0.02", ""), ("lr0.02", ".pt"),
+    ("folder.v1/run", ""), ("folder.v1/run", ".json")])
+def test_only_the_endings_of_reports_and_checkpoints_are_taken_off(stem, ending):
+    assert train.split_ending(stem + ending) == (stem, ending)
 
 
 def test_the_report_is_named_after_the_checkpoint():
@@ -3102,6 +3198,13 @@ def test_figures_are_named_after_the_report():
 def test_files_of_a_seed_are_named_after_it(name, name_of_seed):
     _, options = train.parse_arguments(["--runs", 2, "--output", name])
     assert Path(train.options_of_seed(options, 0).output) == Path(name_of_seed)
+
+
+@pytest.mark.parametrize("option", ["data-dir", "output", "checkpoint", "weights"])
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, option):
+    monkeypatch.setenv("HOME", "/home/me")
+    _, options = train.parse_arguments([f"--{option}=~/here"])
+    assert getattr(options, option.replace("-", "_")) == "/home/me/here"
 
 
 def test_a_single_run_keeps_the_names_that_were_given():
@@ -3161,6 +3264,14 @@ def test_a_run_removes_the_figures_of_an_earlier_one_and_no_others(quick_workpla
 def figure():
     """Return an empty figure. Without matplotlib, the test is skipped."""
     return pytest.importorskip("matplotlib.figure").Figure()
+
+
+def test_a_finished_run_that_draws_nothing_keeps_its_figures(quick_workplace):
+    command = ["--epochs", 1, "--checkpoint", "run.pt", *RATES]
+    quick_workplace.run(*command)
+    Path("run-curves.png").write_text("")
+    quick_workplace.run(*command)
+    assert pictures() == {"run-curves.png"}
 
 
 def lines_of(axes):
@@ -3982,6 +4093,14 @@ def test_the_next_cell_of_a_notebook_runs_other_options_and_keeps_its_names(note
 
 def test_a_notebook_can_run_the_script_as_a_file(notebook):
     assert printed_text(notebook[3]).startswith("usage: train.py")
+
+
+def test_in_a_terminals_ipython_the_script_takes_its_arguments():
+    code = ("import runpy, sys; sys.argv = ['train.py', '--help']; "
+            f"runpy.run_path({str(SCRIPT)!r}, {{'get_ipython': None}}, '__main__')")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0
+    assert process.stdout.startswith("usage: train.py")
 
 
 def test_importing_only_defines():

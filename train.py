@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import numbers
+import os
 import platform
 import shlex
 import shutil
@@ -107,7 +108,7 @@ class Recipe:
     """
     epochs: int = recipe_field(24, (0, MAX_EPOCHS), "passes over the training images")
     batch_size: int = recipe_field(
-        0, (0, 50_000), "images in a step; 0: 512, or fewer for few images")
+        0, (0, 50_000), "images in a step; 0 means 512, or fewer for few images")
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for most convolutions, Adam for the rest")
     peak_fraction: float = recipe_field(
@@ -159,7 +160,7 @@ class Recipe:
 
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
-# EMA. "plain" is the recipe of a course. Where that names no value, it has PyTorch's default.
+# EMA. "plain" is the recipe of a course. Where the course names no value, "plain" has PyTorch's.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=6, optimizer="muon", padding=2, cutout=0, ema_epochs=0.25),
@@ -202,7 +203,7 @@ def make_split(images, labels):
     CIFAR10 and CIFAR100 of torchvision have this form: `dataset.data, dataset.targets`.
     """
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return Split(images, torch.as_tensor(labels).long())
+    return Split(images, torch.as_tensor(labels))
 
 
 def load_cifar10(data_dir):
@@ -268,13 +269,14 @@ def socket_timeout(seconds):
 # Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
 SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
 SAMPLE = SCRIPT.parent / "data" / "sample.npz"
+SAMPLE_IMAGES = 2000  # for training, and 400 for tests
 
 
 def load_sample():
     """Return the sample: the first 2,000 training and 400 test images, and class names."""
     with np.load(SAMPLE) as sample:
-        training = make_split(sample["train_images"], sample["train_labels"])
-        test = make_split(sample["test_images"], sample["test_labels"])
+        training = make_split(sample["train_images"], np.int64(sample["train_labels"]))
+        test = make_split(sample["test_images"], np.int64(sample["test_labels"]))
         return training, test, sample["classes"].tolist()
 
 
@@ -321,7 +323,9 @@ def check_split(name, split, num_classes):
     """Raise ValueError with the reason if a Split cannot be trained on."""
     images, labels = split
     reason = None
-    if images.dtype != torch.uint8 or images.ndim != 4:
+    if not isinstance(images, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        reason = "images and labels must be tensors. make_split makes them of arrays"
+    elif images.dtype != torch.uint8 or images.ndim != 4:
         shape = tuple(images.shape)
         reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {shape}"
     elif labels.ndim != 1:
@@ -329,12 +333,22 @@ def check_split(name, split, num_classes):
     elif len(images) == 0 or len(images) != len(labels):
         counts = f"{len(images)} images and {len(labels)} labels"
         reason = f"each image needs a label, got {counts}"
-    elif labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_classes:
-        reason = f"labels must be whole numbers from 0 to {num_classes - 1}"
-    elif (images.amax((0, 2, 3)) == images.amin((0, 2, 3))).any():
-        reason = "a channel of the images is constant"
+    elif labels.is_floating_point():
+        reason = "labels must be whole numbers"
+    elif labels.long().min() < 0 or labels.long().max() >= num_classes:
+        reason = (f"labels must be from 0 to {num_classes - 1}, because num_classes is "
+                  f"{num_classes}")
     if reason:
         raise ValueError(f"{name} split: {reason}")
+
+
+def count_steps(image_count, batch_size):
+    """Return the number of steps in an epoch.
+
+    The last batch has the images that are left. But a single one joins the batch before it,
+    because BatchNorm cannot normalize one value alone.
+    """
+    return max(1, math.ceil((image_count - 1) / batch_size))
 
 
 # ---- Augmentation: tensor operations on a batch, with random draws for each image -----
@@ -343,8 +357,8 @@ def check_split(name, split, num_classes):
 # 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
 # none of the sweep's batches.
 SWEEP_EPOCH = 900_000
-# A stride above all these epochs, so that two seeds share none. This holds up to seed 4,000,
-# because the CPU's generator keeps only 32 bits of the number that it is given.
+# It is larger than the number of every epoch, so that two seeds never draw the same numbers.
+# This holds up to seed 4,000, because the CPU's generator keeps only 32 bits of its seed.
 SEED_STRIDE = 1_000_003
 
 
@@ -424,7 +438,10 @@ def augmented_batches(run, epoch):
     mirrored = draw_flips(run.recipe, len(labels), run.seed, epoch, device, generator)
     order = torch.randperm(len(labels), generator=generator, device=device)
     layout = memory_format(device)
-    for chosen in order.split(run.recipe.batch_size):
+    starts = [step * run.recipe.batch_size for step in range(run.steps_per_epoch)]
+    ends = [*starts[1:], len(order)]
+    for start, end in zip(starts, ends):
+        chosen = order[start:end]
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
         if run.augment is not None:
             batch = run.augment(batch, generator)
@@ -534,8 +551,8 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
 
     The step replaces the gradient by the nearest matrix (out, in x height x width) whose
     singular values are near 1. So all directions of the matrix learn at one speed.
-    `momentum` has the shape of `weight`. It sums up the gradients of earlier steps and is
-    updated, too. `dtype` is that of the matrix products.
+    `momentum` has the shape of `weight`. It is the fading sum of all gradients, which the
+    step updates, too. `dtype` is that of the matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
@@ -585,18 +602,23 @@ class Muon(torch.optim.Optimizer):
 def make_optimizer(recipe, model, dtype):
     """Return the optimizer that the recipe names, for all parameters of the model.
 
-    Muon gets the weights of all convolutions but the first, Adam the rest.
+    Muon gets the weights of all convolutions (Conv2d) but the first, Adam the rest. A
+    BatchNorm has to follow each convolution of Muon, because Muon fixes the norm of its
+    weight.
     """
     muon_weights = []
     if recipe.optimizer == "muon":
-        convolutions = [weight for weight in model.parameters() if weight.ndim == 4]
+        convolution_ids = {id(module.weight) for module in model.modules()
+                           if isinstance(module, nn.Conv2d)}
+        convolutions = [parameter for parameter in model.parameters()
+                        if id(parameter) in convolution_ids]
         muon_weights = convolutions[1:]
         if not muon_weights:
             raise ValueError("the optimizer muon needs a network with two convolutions")
     muon_ids = {id(weight) for weight in muon_weights}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in muon_ids]
-    # Decoupled weight decay spares biases and BatchNorms. It depends on LRMAX, so
-    # `train_epochs` sets it; the sweep has none. `train_step` sets learning rate and beta1.
+    # Decoupled weight decay spares biases and BatchNorms. `train_epochs` sets it, because it
+    # depends on LRMAX. In the sweep, it is 0. `train_step` sets learning rate and beta1.
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim > 1], "decays": True},
         {"params": [parameter for parameter in rest if parameter.ndim <= 1], "decays": False},
@@ -660,12 +682,12 @@ class Run:
 
     @property
     def steps_per_epoch(self):
-        return math.ceil(len(self.training.labels) / self.recipe.batch_size)
+        return count_steps(len(self.training.labels), self.recipe.batch_size)
 
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        # A cache would keep copies of the weights, and a CUDA graph would go on with old ones.
+        # The cache of autocast copies the weights. A CUDA graph would keep using old copies.
         return torch.autocast(self.device, self.dtype, cache_enabled=False)
 
     def forward(self, images):
@@ -692,7 +714,11 @@ class Run:
         }
 
     def state(self):
-        """Return a copy of all that training changes, and the settings of the run."""
+        """Return a copy of all that training changes, and the settings of the run.
+
+        Raise ValueError inside an epoch, because the run could not go on from there.
+        """
+        self.check_between_epochs()
         return copy.deepcopy({
             **self.settings(),
             "model": self.model.state_dict(),
@@ -703,6 +729,12 @@ class Run:
             "epoch": self.epoch,
             "seconds": self.seconds,
         })
+
+    def check_between_epochs(self):
+        """Raise ValueError if an epoch was begun and did not end."""
+        if self.mid_epoch:
+            raise ValueError("an epoch of this run was interrupted, or its loss had no value. "
+                             "Load a state() from before that epoch")
 
     def load_state(self, state):
         """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
@@ -836,6 +868,9 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
 def prepare_data(recipe, training, test, device, dtype):
     """Return mean and deviation (3,) of the training images, and both Splits, prepared."""
+    darkest = training.images.amin((0, 2, 3))
+    if (training.images.amax((0, 2, 3)) == darkest).any():
+        raise ValueError("training split: a channel of the images is constant")
     std, mean = torch.std_mean(training.images.float().div_(255), dim=(0, 2, 3),
                                correction=0)
     training = prepare_images(training, mean, std, device, dtype, recipe.padding,
@@ -873,9 +908,8 @@ def make_model(recipe, model, num_classes, seed):
 
 
 def begin_training(run):
-    """Prepare the model for steps. Raise ValueError if they would not train it rightly."""
-    if run.mid_epoch:
-        raise ValueError("an epoch of this run was interrupted. Go back to a saved state()")
+    """Prepare the model for steps. Raise ValueError if the run is not ready for them."""
+    run.check_between_epochs()
     check_parameters(run)
     if run.device == "cpu":
         keep_freed_memory()
@@ -898,7 +932,7 @@ def check_parameters(run):
         trained_count = sum(parameter.numel() for parameter in trainable)
         count = sum(parameter.numel() for parameter in parameters)
         warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
-                      "the others are frozen", stacklevel=3)
+                      "the others are frozen", stacklevel=4)  # the line that asks for steps
     optimizer_ids = set()
     for group in run.optimizer.param_groups:
         optimizer_ids.update(id(parameter) for parameter in group["params"])
@@ -924,8 +958,8 @@ def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts all kernels of a forward or backward pass at once. A GPU without bf16 is too slow
-    to wait.
+    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
+    kernels themselves are slow, so a graph would gain nothing.
     """
     if run.device != "cuda" or run.precision != "bf16" or type(run.model) is not ResNet:
         return None
@@ -933,8 +967,11 @@ def capture_graph(run):
     before = copy.deepcopy(run.model.state_dict())
     # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    flags = torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=torch.backends.cudnn.deterministic,
+        allow_tf32=torch.backends.cudnn.allow_tf32)
     # nn.Sequential, because the capture replaces the `forward` of the module it is given.
-    with run.autocast(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with run.autocast(), flags:
         graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
     run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
     return graph
@@ -986,7 +1023,8 @@ def update_average(run, step):
     `ema_epochs` is 0, they are the latest weights.
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
-    update = get_ema_multi_avg_fn(1 - 1 / min(step, ema_steps))
+    share = 1 / min(step, ema_steps)  # of the newest weights
+    update = get_ema_multi_avg_fn(1 - share)
     update(averaged_tensors(run.averaged), averaged_tensors(run.model), None)
 
 
@@ -1034,8 +1072,8 @@ def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
 def weight_decay(recipe, lr_max, steps_per_epoch):
     """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
 
-    A step multiplies a weight by 1 - learning rate * decay. So at LRMAX, so many epochs
-    shrink it to 1/e (X. Wang and L. Aitchison, arXiv:2405.13698).
+    A step multiplies a weight by 1 - learning rate * decay. At LRMAX, this shrinks a weight
+    to 1/e in `decay_epochs` epochs (X. Wang and L. Aitchison, arXiv:2405.13698).
     """
     if recipe.l2:
         return recipe.l2
@@ -1053,8 +1091,10 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-RISE = 0.03  # the loss has risen when it is 3% above its lowest value,
-FALL_PART = 0.1  # or above it by 10% of its fall; nearer to it, the loss is low
+# The loss has risen once it is above its lowest value by 3% of that, or by 10% of its fall,
+# whichever is less.
+RISE = 0.03
+FALL_PART = 0.1
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1105,13 +1145,14 @@ def record_sweep(run, steps, half_decade, on_step):
     for step, (images, labels) in enumerate(sweep_batches(run)):
         lr = SWEEP_LOWEST * growth ** (step / (steps - 1))
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
-        if not math.isfinite(loss.item()):
+        value = loss.item()
+        if not math.isfinite(value):
             break
-        if loss.item() < 0:
+        if value < 0:
             raise ValueError("the sweep needs a loss that is never below 0; "
                              "add a constant to yours")
         lrs.append(lr)
-        losses.append(loss.item())
+        losses.append(value)
         if on_step:
             on_step(step + 1, max(step + 1, steps), lr, loss)
         if len(losses) >= half_decade:
@@ -1130,14 +1171,10 @@ def sweep_is_over(means, steps_beyond, half_decade):
     """
     if not means:
         return False
-    if means[-1] > 1.5 * min(means):  # training has clearly diverged
-        return True
-    if steps_beyond < 0:
-        return False
-    # At the planned end, and after each further factor of 10, a small rise is enough.
-    looks = steps_beyond % (2 * half_decade) == 0
-    has_risen = means[-1] > (1 + RISE) * min(means)
-    return looks and has_risen
+    factor = 1.5  # training has clearly diverged
+    if steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0:
+        factor = 1 + RISE  # at the planned end, and after each further factor of 10
+    return means[-1] > factor * min(means)
 
 
 def sweep_batches(run):
@@ -1147,7 +1184,7 @@ def sweep_batches(run):
 
 
 def smooth_losses(losses, steps_per_decade):
-    """Replace each loss by the mean over the rates from half to twice its own, two times."""
+    """Replace each loss by the mean over rates from half to twice its own. Do this twice."""
     reach = round(steps_per_decade * math.log10(2))
     for _ in range(2):
         windows = [losses[max(0, i - reach):i + reach + 1] for i in range(len(losses))]
@@ -1220,7 +1257,11 @@ def why_uncertain(smoothed):
 
 # ---- Evaluation and training ----------------------------------------------------------
 
-@torch.inference_mode()
+# As many pixels of images are evaluated at once as 2,000 images of 32x32 have.
+EVALUATED_PIXELS = 2000 * 32 * 32
+
+
+@torch.no_grad()
 def predict_logits(run, images, tta=False):
     """Return the averaged model's logits (N, classes) for images like `run.test.images`.
 
@@ -1234,8 +1275,10 @@ def predict_logits(run, images, tta=False):
     if tta:
         return (predict_logits(run, images) + predict_logits(run, images.flip(-1))) / 2
     run.averaged.eval()
+    height, width = images.shape[2:]
+    batch_size = max(1, EVALUATED_PIXELS // (height * width))
     with run.autocast():
-        return torch.cat([run.averaged(batch).float() for batch in images.split(2000)])
+        return torch.cat([run.averaged(batch).float() for batch in images.split(batch_size)])
 
 
 def evaluate_run(run, tta=False):
@@ -1349,20 +1392,21 @@ def make_parser():
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
     add("--runs", type=int, default=1, metavar="N",
         help="train N seeds in turn, from --seed on")
-    add("--subset", type=int, nargs="?", const=2000, metavar="N",
-        help="use the first N training images (2000 without N) and N/5 test images")
+    add("--subset", type=int, nargs="?", const=SAMPLE_IMAGES, metavar="N",
+        help=f"use the first N training images ({SAMPLE_IMAGES} without N) and N/5 test images")
     add("--holdout", type=int, default=0, metavar="N",
         help="for tuning: do not train on the last N training images, evaluate on them")
-    add("--data-dir", default="data", metavar="DIR",
+    path = os.path.expanduser  # ~ is the home folder
+    add("--data-dir", type=path, default="data", metavar="DIR",
         help="folder of CIFAR-10 (default: data)")
     add("--device", choices=DEVICES, default="auto",
         help="auto: the fastest")
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
-    add("--checkpoint", metavar="FILE",
+    add("--checkpoint", type=path, metavar="FILE",
         help="save here after each epoch; continue from there")
-    add("--weights", metavar="FILE", help="save the trained weights here")
-    add("--output", metavar="FILE",
+    add("--weights", type=path, metavar="FILE", help="save the trained weights here")
+    add("--output", type=path, metavar="FILE",
         help="report, in JSON; else next to the checkpoint or a new file in results/")
     add("--no-figures", action="store_false", dest="figures", help="draw no figures")
     add_recipe_options(parser)
@@ -1447,15 +1491,22 @@ def take_recipe(options):
     return dataclasses.replace(recipe, **overrides)
 
 
-def without_ending(path):
-    """Return a file name without .json or .pt. Other dots belong to the name: lr0.03."""
-    return path.removesuffix(".json").removesuffix(".pt")
+def split_ending(path):
+    """Return a file name without .json or .pt, and this ending, which may be "".
+
+    Other dots belong to the name: lr0.03.
+    """
+    for ending in (".json", ".pt"):
+        if path.endswith(ending):
+            return path.removesuffix(ending), ending
+    return path, ""
 
 
 def default_output(checkpoint):
     """Return the report's file: next to the checkpoint, or a new one in results/."""
     if checkpoint is not None:
-        return f"{without_ending(checkpoint)}.json"
+        stem, _ = split_ending(checkpoint)
+        return f"{stem}.json"
     return f"results/{datetime.now():%Y%m%d-%H%M%S-%f}.json"
 
 
@@ -1475,8 +1526,8 @@ def options_of_seed(options, seed):
         for name in ("output", "checkpoint", "weights"):
             path = getattr(options, name)
             if path is not None:
-                ending = path[len(without_ending(path)):]
-                setattr(seed_options, name, f"{without_ending(path)}-seed{seed}{ending}")
+                stem, ending = split_ending(path)
+                setattr(seed_options, name, f"{stem}-seed{seed}{ending}")
     return seed_options
 
 
@@ -1519,7 +1570,10 @@ def check_writable(path):
 
 
 def save_weights(path, run, classes):
-    """Write a ResNet's weights and all else that is needed to classify images."""
+    """Write a ResNet's weights and all else that is needed to classify images.
+
+    `load_weights` cannot read the weights of another network.
+    """
     # A network that was given to the run keeps its own scale.
     logit_scale = getattr(run.model, "logit_scale", run.recipe.logit_scale)
     recipe = dataclasses.replace(run.recipe, logit_scale=logit_scale)
@@ -1540,7 +1594,8 @@ def load_weights(path, device="cpu"):
     Its parameters are frozen. To train it further, call `model.requires_grad_(True)`.
     """
     saved = torch.load(path, map_location=device, weights_only=True)
-    model = ResNet(Recipe(**saved["recipe"]), len(saved["classes"]))
+    model = ResNet(num_classes=len(saved["classes"]))
+    model.logit_scale = saved["recipe"]["logit_scale"]
     model.load_state_dict(saved["weights"])
     model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     return model, saved["mean"], saved["std"], saved["classes"]
@@ -1603,6 +1658,7 @@ def new_report(run, options):
             "options": dict(vars(options)),
         },
         "environment": describe_environment(run),
+        "continued_in": [],  # the environments of later processes, after a checkpoint
         "data": {
             "train_images": len(run.training.labels),
             "test_images": len(run.test.labels),
@@ -1675,7 +1731,10 @@ class Recorder:
             figure_path(self.options.output, name).unlink(missing_ok=True)
 
     def resume(self):
-        """Continue from the checkpoint, or raise UserError if it is not one of this run."""
+        """Continue from the checkpoint, or raise UserError if it is not one of this run.
+
+        The report keeps the environment in which the run began.
+        """
         path = self.options.checkpoint
         try:
             saved = torch.load(path, map_location=self.run.device, weights_only=True)
@@ -1690,10 +1749,14 @@ class Recorder:
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
                             "same options, delete the checkpoint, or choose another one.")
-        for section in ("rates", "lr_sweep", "epochs"):
+        current_environment = self.report["environment"]
+        for section in ("environment", "rates", "lr_sweep", "epochs"):
             self.report[section] = saved["report"][section]
+        self.report["continued_in"] = saved["report"].get("continued_in", [])
+        if self.run.epoch < self.run.recipe.epochs:
+            self.report["continued_in"].append(current_environment)
         self.summary.update(saved["report"]["summary"])
-        # The seconds of earlier processes count, as if this one had started earlier.
+        # The seconds of earlier processes count, too. So the start moves back by them.
         self.started -= self.summary["total_seconds"]
 
     def update_summary(self, status):
@@ -1750,8 +1813,9 @@ def differing_settings(saved, current):
     then = settings_of(saved)
     differences = []
     for name, value in settings_of(current).items():
-        if then[name] != value:
-            differences.append(f"{name} {then[name]}, not {value}")
+        before = then.get(name)  # None, if the code did not have this constant then
+        if before != value:
+            differences.append(f"{name} {before}, not {value}")
     return differences
 
 
@@ -1802,7 +1866,8 @@ def print_heading(report):
     """Print what is run, and on what."""
     options = report["config"]["options"]
     data = report["data"]
-    environment = report["environment"]
+    environments = [report["environment"], *report.get("continued_in", [])]
+    environment = environments[-1]  # that of this process
     constants = report["config"]["recipe"]
     changes = [options["recipe"]]
     for name, value in constants.items():
@@ -1886,7 +1951,8 @@ FIGURES = ("sweep", "curves", "confusion", "misclassified", "augmented")
 
 def figure_path(output, name):
     """Return the file of a figure, next to the report `output`."""
-    return Path(f"{without_ending(output)}-{name}.png")
+    stem, _ = split_ending(output)
+    return Path(f"{stem}-{name}.png")
 
 
 def plot_sweep(figure, report):
@@ -1952,7 +2018,7 @@ def learning_rate_curve(report):
     """Return the time of each step of the trained epochs, in epochs, and its learning rate."""
     recipe = Recipe(**report["config"]["recipe"])
     rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
-    steps = math.ceil(report["data"]["train_images"] / recipe.batch_size)
+    steps = count_steps(report["data"]["train_images"], recipe.batch_size)
     trained = range(len(report["epochs"]) * steps)
     lrs = [scheduled_lr_and_beta1(recipe, rates, step, steps)[0] for step in trained]
     return [(step + 1) / steps for step in trained], lrs
@@ -2058,11 +2124,11 @@ def try_to_draw(draw, *content):
 
 def load_data(options):
     """Return training split, test split and class names, after --subset and --holdout."""
-    folder = Path(options.data_dir).expanduser()
+    folder = Path(options.data_dir)
     if folder.name == CIFAR10.base_folder:
         folder = folder.parent
     count = options.subset or TRAIN_IMAGES
-    if count <= 2000 and SAMPLE.exists() and not has_cifar10(folder):
+    if count <= SAMPLE_IMAGES and SAMPLE.exists() and not has_cifar10(folder):
         print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
         training, test, classes = load_sample()
     else:
@@ -2120,25 +2186,30 @@ def train_once(recipe, options, data):
     if options.checkpoint is not None and Path(options.checkpoint).is_file():
         recorder.resume()
     recorder.prepare_files()
-    recorder.remove_old_figures()
     print_heading(recorder.report)
-    if run.epoch > 0:
+    if run.epoch == 0:
+        recorder.remove_old_figures()
+    else:
         print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
     try:
         train_and_record(recorder)
     except BaseException as error:
-        show_status("")
-        has_diverged = isinstance(error, Diverged)
-        recorder.update_summary("diverged" if has_diverged else "interrupted")
-        with warn_if_write_fails():
-            recorder.save_report()
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print_interruption(options)
-        if options.figures:
-            try_to_draw(save_curves, recorder.report)
+        record_failure(recorder, error)
         raise
     finish_run(recorder, classes)
     return recorder.report
+
+
+def record_failure(recorder, error):
+    """Save and print what is left of a run that ends with an error, or with Ctrl-C."""
+    show_status("")
+    recorder.update_summary("diverged" if isinstance(error, Diverged) else "interrupted")
+    with warn_if_write_fails():
+        recorder.save_report()
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        print_interruption(recorder.options)
+    if recorder.options.figures:
+        try_to_draw(save_curves, recorder.report)
 
 
 def train_and_record(recorder):
@@ -2173,20 +2244,19 @@ def finish_run(recorder, classes):
     recorder.update_summary("complete")
     if recorder.report["epochs"]:
         print_summary(recorder.report)
+    saves = [recorder.save_report, recorder.save_checkpoint]
+    if options.weights is not None:
+        saves.append(lambda: save_weights(options.weights, recorder.run, classes))
     failures = []
-    for save in (recorder.save_report, recorder.save_checkpoint):
+    for save in saves:
         try:
             save()
         except UserError as error:  # the other files may still be written
             failures.append(error)
-    if options.weights is not None:
-        try:
-            save_weights(options.weights, recorder.run, classes)
-            print(f"weights  {options.weights}")
-        except UserError as error:
-            failures.append(error)
     if failures:
         raise UserError("\n".join(str(failure) for failure in failures))
+    if options.weights is not None:
+        print(f"weights  {options.weights}")
     if options.figures:
         try_to_draw(save_figures, recorder.report, recorder.run, classes)
 
@@ -2199,7 +2269,7 @@ def print_interruption(options):
     elif Path(options.checkpoint).is_file():
         print(f"         the same command continues from {options.checkpoint}")
     else:
-        print("         the same command begins anew, because the sweep did not end")
+        print("         the same command begins anew, because no checkpoint was saved yet")
 
 
 def main(argv=None):
@@ -2249,7 +2319,8 @@ def is_out_of_memory(error):
 
 
 if __name__ == "__main__":
-    if "get_ipython" in globals():  # pasted into a cell, where sys.argv is the notebook's
+    # Code that was pasted into a cell: there, sys.argv is that of the notebook.
+    if IN_NOTEBOOK and "get_ipython" in globals():
         main([])  # for other options, call main(["--epochs", "10"]) in the next cell
     else:
         run_process()

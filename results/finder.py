@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import statistics
 import sys
 import warnings
@@ -267,7 +266,7 @@ def adam_steps(case):
         uses_adam = case.recipe.optimizer == "adam"
     else:
         uses_adam = train.is_adam(case.optimizer([nn.Parameter(torch.zeros(1))]))
-    steps = case.epochs * math.ceil(case.images / case.batch_size)
+    steps = case.epochs * train.count_steps(case.images, case.batch_size)
     return steps if uses_adam else 0
 
 
