@@ -1171,7 +1171,7 @@ def sweep_is_over(means, steps_beyond, half_decade):
     """
     if not means:
         return False
-    factor = 1.5  # training has clearly diverged
+    factor = 1.5  # above it, training has clearly diverged
     if steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0:
         factor = 1 + RISE  # at the planned end, and after each further factor of 10
     return means[-1] > factor * min(means)
