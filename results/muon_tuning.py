@@ -18,8 +18,8 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import factorial  # noqa: E402
 import finder  # noqa: E402
+import studies  # noqa: E402
 import train  # noqa: E402
 
 TRAINING_IMAGES = 30_000
@@ -45,7 +45,8 @@ MEANINGS = {  # of the factors, for the table
 # With these parities, no factor is mixed up with another one, or with the joint effect of two.
 # But some joint effects are mixed up with each other: that of `muon_lr` and `momentum` with that
 # of `adam_lr` and `peak_fraction`.
-STUDY = factorial.Factorial("muon-tuning", FACTORS, parities=[(0, 1, 2), (1, 2, 3)])
+RUNS = studies.fractional_factorial(FACTORS, parities=[(0, 1, 2), (1, 2, 3)])
+STUDY = studies.Study("muon-tuning", RUNS)
 
 
 class NarrowResNet(nn.Sequential):
@@ -94,7 +95,7 @@ def levels_with_joint_effect():
     move the weights farther: a higher rate by larger steps, more momentum by steps that point
     in more similar directions. So one of them may need the other one to be low.
     """
-    levels = STUDY.levels()
+    levels = studies.levels_of(RUNS)
     names = list(FACTORS)
     only_one = levels[:, names.index("muon_lr")] ^ levels[:, names.index("momentum")]
     return np.column_stack([levels, only_one])
@@ -104,9 +105,9 @@ def table_of_effects():
     """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
     levels = levels_with_joint_effect()
     records = STUDY.load_records()
-    accuracy_cells = factorial.cells_of_effects(
+    accuracy_cells = studies.cells_of_effects(
         levels, [record["accuracies"][-1] for record in records])
-    tta_cells = factorial.cells_of_effects(
+    tta_cells = studies.cells_of_effects(
         levels, [record["tta_accuracy"] for record in records])
     labels = []
     for factor, (low, high) in FACTORS.items():

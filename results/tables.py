@@ -7,6 +7,7 @@ replaces the lines between these two comments. TABLES says what the table NAME s
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import best_tuning  # noqa: E402
 import finder  # noqa: E402
 import muon_tuning  # noqa: E402
 import rules  # noqa: E402
@@ -105,7 +107,9 @@ TABLES = {
         ("[99991]: 94.1 with TTA (n=100), SGD, 10 epochs; [airbench94_muon]: 94.01 with TTA "
          "(n=200), 8 epochs | `--recipe fast`", "fast/seed*"),
     ]),
-    "sweeps": ("batch size", ["LRMAX found", "largest / smallest"], [
+    "sweeps": ("batch size", [
+        "LRMAX found", "ours", "steepest", "minimum / 10", "valley",
+    ], [
         ("128", "sweeps/batch-128-bf16-seed*"),
         ("512", "sweeps/batch-512-bf16-two-epochs-seed*"),
         ("1024", "sweeps/batch-1024-bf16-seed*"),
@@ -123,6 +127,7 @@ TABLES = {
 STUDIES = {  # the functions that make these tables, from the records in results/NAME/
     "finder-cases": finder.table_of_cases,
     "finder-means": finder.table_of_means,
+    "best-runs": best_tuning.table_of_runs,
     "muon-effects": muon_tuning.table_of_effects,
     "muon-pairs": muon_tuning.table_of_pairs,
 }
@@ -261,23 +266,23 @@ def adam_steps(report):
     recipe = report["config"]["recipe"]
     if recipe["optimizer"] != "adam":
         return 0
-    return recipe["epochs"] * math.ceil(report["data"]["train_images"] / recipe["batch_size"])
+    image_count = report["data"]["train_images"]
+    return recipe["epochs"] * train.count_steps(image_count, recipe["batch_size"])
 
 
-def found_rates(row):
-    """Return the LRMAX that today's rule finds in the sweep of each report."""
+def found_rates(row, rule=rules.found_by_script):
+    """Return the LRMAX that a rule finds in the sweep of each report: by default, ours."""
     found = []
     for report in row.values():
         sweep = report["lr_sweep"]
-        steps = adam_steps(report)
-        found.append(rules.found_by_script(sweep["lr"], sweep["loss"], steps))
+        found.append(rule(sweep["lr"], sweep["loss"], adam_steps(report)))
     return found
 
 
-def spread_cell(row):
-    """Return the largest LRMAX that today's rule finds, divided by the smallest."""
-    found = found_rates(row)
-    return f"{max(found) / min(found):.2f}"
+def spread_cell(row, rule):
+    """Return the largest LRMAX that a rule finds, divided by the smallest."""
+    found = found_rates(row, rule)
+    return f"{max(found) / min(found):.3g}"
 
 
 CELLS = {
@@ -292,8 +297,9 @@ CELLS = {
     "seconds": lambda row: time_cell(row, "total_seconds"),
     "minutes": lambda row: time_cell(row, "total_seconds", 60),
     "LRMAX found": lambda row: finder.span(found_rates(row)),
-    "largest / smallest": spread_cell,
 }
+for name, rule in rules.RULES.items():
+    CELLS[name] = functools.partial(spread_cell, rule=rule)
 
 
 def pooled_deviation(rows):

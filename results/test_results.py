@@ -17,10 +17,11 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import factorial  # noqa: E402
+import best_tuning  # noqa: E402
 import finder  # noqa: E402
 import muon_tuning  # noqa: E402
 import rules  # noqa: E402
+import studies  # noqa: E402
 import tables  # noqa: E402
 import train  # noqa: E402
 
@@ -127,7 +128,7 @@ def test_a_percentage_in_the_text_is_of_a_report_or_has_its_source(path):
 def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
     paths = {path.relative_to(tables.HERE).as_posix()
              for path in tables.HERE.glob("*/*.json")
-             if path.parent.name not in ("finder", "muon-tuning")}
+             if path.parent.name not in ("finder", "muon-tuning", "best-tuning")}
     assert set(shown_reports) == paths
 
 
@@ -243,6 +244,13 @@ def test_epochs_to_a_goal_are_shown_from_first_to_last(epochs, shown):
     for number, epoch in enumerate(epochs):
         row[str(number)] = report_with(0.9, "summary", epochs_to={"0.90": 7, "0.94": epoch})
     assert tables.make_cell("94% at epoch", [row], 0) == shown
+
+
+def test_the_spread_of_a_rule_is_its_largest_rate_divided_by_its_smallest():
+    row = {}
+    for lowest in (0.01, 0.05, 0.02):
+        row[str(lowest)] = report_with(0.9, "lr_sweep", lr=[lowest, 1.0], loss=[2.0, 1.0])
+    assert tables.spread_cell(row, lambda lrs, losses, steps: lrs[0]) == "5"
 
 
 def test_a_distance_between_rows_of_one_run_is_refused():
@@ -394,16 +402,13 @@ def test_training_images_that_are_held_out_too_are_refused(monkeypatch):
 
 # ---- The studies that tune Muon ----------------------------------------------------------
 
-STUDIES = {"muon": muon_tuning.STUDY}
-RUNS_OF_STUDIES = [pytest.param(study, name, id=f"{title}-{name}")
-                   for title, study in STUDIES.items() for name in study.runs]
+STUDIES = [muon_tuning.STUDY, best_tuning.STUDY]
 
 
-@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_a_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in_common(study):
-    signs = 2 * study.levels() - 1
+def test_a_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in_common():
+    signs = 2 * studies.levels_of(muon_tuning.RUNS) - 1
     runs, factors = signs.shape
-    assert factors == len(study.factors)
+    assert (runs, factors) == (16, len(muon_tuning.FACTORS))
     assert (signs.sum(0) == 0).all()
     assert (signs.T @ signs == runs * np.eye(factors)).all()
     for first, second in itertools.combinations(range(factors), 2):
@@ -412,18 +417,18 @@ def test_a_factorial_tells_each_factor_from_the_others_and_from_what_two_have_in
 
 def test_a_factorial_has_all_combinations_of_its_first_factors():
     factors = {"size": (1, 2), "color": (3, 4), "speed": (5, 6)}
-    study = factorial.Factorial("study", factors, parities=[(0, 1)])
-    assert study.runs == {
+    runs = studies.fractional_factorial(factors, parities=[(0, 1)])
+    assert runs == {
         "000": {"size": 1, "color": 3, "speed": 5}, "011": {"size": 1, "color": 4, "speed": 6},
         "101": {"size": 2, "color": 3, "speed": 6}, "110": {"size": 2, "color": 4, "speed": 5}}
-    assert study.levels().tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
+    assert studies.levels_of(runs).tolist() == [[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
 
 
 def test_an_effect_is_the_mean_with_the_high_value_less_that_with_the_low_one():
     generator = np.random.default_rng(0)
     levels = muon_tuning.levels_with_joint_effect()
     results = generator.normal(size=16)
-    effects, _ = factorial.estimate_effects(levels, results)
+    effects, _ = studies.estimate_effects(levels, results)
     assert len(effects) == len(muon_tuning.FACTORS) + 1
     for factor, effect in enumerate(effects):
         is_high = levels[:, factor] == 1
@@ -438,7 +443,7 @@ def test_the_error_of_an_effect_is_how_far_it_spreads():
     distances = []
     for _ in range(500):
         results = levels @ true_effects + generator.normal(size=16)
-        effects, error = factorial.estimate_effects(levels, results)
+        effects, error = studies.estimate_effects(levels, results)
         distances.append(effects - true_effects)
         squared_errors.append(error ** 2)
     assert np.sqrt(np.mean(squared_errors)) == pytest.approx(np.std(distances), rel=0.1)
@@ -448,14 +453,14 @@ def test_the_error_of_an_effect_is_how_far_it_spreads():
 def test_effects_are_shown_in_points():
     levels = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     accuracies = [0.5, 0.49, 0.52, 0.53]  # not additive, so that there is an error
-    assert factorial.cells_of_effects(levels, accuracies) == ["+3.00 ± 1.00", "+0.00 ± 1.00"]
+    assert studies.cells_of_effects(levels, accuracies) == ["+3.00 ± 1.00", "+0.00 ± 1.00"]
 
 
 def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
     def load_record(name):
         is_high = [digit == "1" for digit in name]
         accuracy = 0.8 if is_high[0] and not is_high[2] else 0.2 + 0.1 * is_high[1]
-        return {"values": muon_tuning.STUDY.runs[name], "accuracies": [0.0, accuracy],
+        return {"values": muon_tuning.RUNS[name], "accuracies": [0.0, accuracy],
                 "tta_accuracy": accuracy}
 
     monkeypatch.setattr(muon_tuning.STUDY, "load_record", load_record)
@@ -464,17 +469,11 @@ def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
                     ["0.85", "0.07", "25.00", "25.00"], ["0.85", "0.14", "25.00", "25.00"]]
 
 
-@pytest.mark.parametrize("study, name", RUNS_OF_STUDIES)
-def test_a_run_of_a_factorial_has_a_record(study, name):
-    record = study.load_record(name)
-    assert record["values"] == study.runs[name]
-
-
-def test_a_record_of_other_values_is_refused(monkeypatch):
-    name = next(iter(muon_tuning.STUDY.runs))
-    monkeypatch.setitem(muon_tuning.STUDY.runs, name, {"momentum": 0.9})
-    with pytest.raises(ValueError, match="has other values than the study"):
-        muon_tuning.STUDY.load_record(name)
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.folder)
+def test_each_run_of_a_study_has_a_record(study):
+    names = [path.stem for path in (studies.HERE / study.folder).glob("*.json")]
+    assert sorted(names) == sorted(study.runs)
+    study.load_records()  # refuses those of other values
 
 
 @pytest.fixture
@@ -482,30 +481,38 @@ def small_study(tmp_path, monkeypatch):
     """Return a study of four runs, whose records are written into a folder of the test."""
     split = random_split(100)
     monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
-    monkeypatch.setattr(factorial, "HERE", tmp_path)
-    return factorial.Factorial("study", {"size": (1, 2), "color": (3, 4)}, parities=[])
+    monkeypatch.setattr(studies, "HERE", tmp_path)
+    return studies.Study("study", {"a": {"size": 1}, "b": {"size": 2}, "c": {"size": 3}})
+
+
+def test_the_seeds_of_a_study_count_from_0_or_are_given():
+    assert studies.Study("study", {"a": {}, "b": {}}).seeds == {"a": 0, "b": 1}
+    assert studies.Study("study", {"a": {}, "b": {}}, seeds=[7, 3]).seeds == {"a": 7, "b": 3}
 
 
 def test_a_study_measures_the_runs_that_have_no_record(small_study, monkeypatch):
     calls = []
 
     def train_run(values, training, held_out, seed):
-        calls.append((values["size"], values["color"], seed))
-        return {"values": values, "images": [len(training.labels), len(held_out.labels)]}
+        calls.append((values["size"], seed))
+        images = [len(training.labels), len(held_out.labels)]
+        return {"values": values, "seed": seed, "images": images}
 
-    monkeypatch.setattr(sys, "argv", ["study.py", "01", "11"])
+    monkeypatch.setattr(sys, "argv", ["study.py", "b"])
     small_study.measure(train_run, 60, 40, "a study")
     monkeypatch.setattr(sys, "argv", ["study.py"])
     small_study.measure(train_run, 60, 40, "a study")
-    assert calls == [(1, 4, 1), (2, 4, 3), (1, 3, 0), (2, 3, 2)]
+    assert calls == [(2, 1), (1, 0), (3, 2)]
     assert small_study.load_records()[0]["images"] == [60, 40]
 
 
-def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["study.py", "00"])
-    small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+@pytest.mark.parametrize("record", [
+    {"values": {"size": 5}, "seed": 0}, {"values": {"size": 1}, "seed": 5}])
+def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkeypatch, record):
+    monkeypatch.setattr(sys, "argv", ["study.py", "a"])
+    small_study.measure(lambda *_: record, 60, 40, "a study")
     with pytest.raises(ValueError, match="has other values than the study"):
-        small_study.measure(lambda values, *_: {"values": {}}, 60, 40, "a study")
+        small_study.measure(lambda *_: record, 60, 40, "a study")
 
 
 def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch):
@@ -513,7 +520,7 @@ def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch):
         monkeypatch.setattr(train, name, getattr(train, name))  # set back at the end
     monkeypatch.setattr(muon_tuning, "EPOCHS", 1)
     split = random_split(40)
-    values = muon_tuning.STUDY.runs["110100"]
+    values = muon_tuning.RUNS["110100"]
     seen = []
     true_step = train.muon_step
 
@@ -537,6 +544,60 @@ def test_the_narrow_network_begins_by_passing_its_input_on():
     images = torch.rand(1, 32, 8, 8)
     block = network[2].residual[0]  # a convolution that has as many outputs as inputs
     assert torch.equal(block[0](images), images)
+
+
+def test_half_the_channels_counted_by_hand():
+    convolutions = 9 * (3*64 + 64*64 + 2*64*64 + 64*128 + 128*256 + 2*256*256)
+    batch_norms = 2 * (64 + 3*64 + 128 + 3*256)
+    last_layer = 256*10 + 10
+    network = best_tuning.HalfResNet()
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert counted == convolutions + batch_norms + last_layer
+
+
+def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
+    network = best_tuning.HalfResNet()
+    images = torch.rand(1, 64, 8, 8)
+    for block in network.layer1[1].residual:
+        assert torch.equal(block[0](images), images)
+
+
+@pytest.fixture
+def run_of_best_tuning(monkeypatch):
+    """Train a run of the study for one epoch. Return its record and its Run."""
+    monkeypatch.setattr(train, "MUON_LR_FACTOR", train.MUON_LR_FACTOR)  # set back at the end
+    monkeypatch.setattr(best_tuning, "EPOCHS", 1)
+    runs = []
+    start_run = train.start_run
+
+    def keep_run(*arguments, **keywords):
+        runs.append(start_run(*arguments, **keywords))
+        return runs[0]
+
+    monkeypatch.setattr(train, "start_run", keep_run)
+    split = random_split(40)
+    record = best_tuning.train_run(best_tuning.RUNS["seed6"], split, split, seed=0)
+    return record, runs[0]
+
+
+def test_a_run_of_best_tuning_trains_with_its_values(run_of_best_tuning):
+    record, run = run_of_best_tuning
+    assert record["values"] == {
+        "cutout": 12, "label_smoothing": 0.1, "padding": 4, "muon_lr": 0.05}
+    assert run.recipe == train.Recipe(
+        epochs=1, batch_size=16, optimizer="muon", cutout=12, label_smoothing=0.1)
+    assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(0.05 / 300)  # of the last step
+    assert type(run.model) is best_tuning.HalfResNet
+
+
+def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(run_of_best_tuning):
+    record, run = run_of_best_tuning
+    averages = record["averages"]
+    assert [average["ema_epochs"] for average in averages] == [0.25, 0.5, 1.0]
+    assert len({average["loss"] for average in averages}) == 3
+    result = train.evaluate_run(run)  # the run itself has the time 0.5
+    assert averages[1]["loss"] == result["test_loss"]
+    assert averages[1]["accuracy"] == result["test_accuracy"]
 
 
 if __name__ == "__main__":

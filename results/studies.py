@@ -1,7 +1,7 @@
-"""Fractional factorials: studies whose runs try two values of several factors at once.
+"""Studies: runs that try values of several constants, and what each constant does.
 
-Not all combinations are run, but a part that still tells the factors from each other. Each run
-writes a record, results/FOLDER/NAME.json, and a run whose record is there is not repeated.
+Each run writes a record, results/FOLDER/NAME.json, and a run whose record is there is not
+repeated.
 """
 
 import argparse
@@ -17,34 +17,14 @@ sys.path.insert(0, str(HERE))
 import finder  # noqa: E402
 
 
-class Factorial:
-    """The runs of a study.
+class Study:
+    """The runs of a study: `runs` has the values of the constants for the name of each run."""
 
-    `factors` has two values for each factor. `runs` has the values of the factors for each
-    run. A digit of a run's name says which value a factor has, 0 or 1.
-    """
-
-    def __init__(self, folder, factors, parities):
-        """Make the runs. `folder` is that of the records in results/.
-
-        The first factors take all combinations. Each of the others is a parity of these: it
-        has value 1 if an odd number of them have. `parities` holds, for each of the others,
-        the positions of the factors that count.
-        """
+    def __init__(self, folder, runs, seeds=None):
+        """`folder` is that of the records in results/. By default, seeds count from 0."""
         self.folder = folder
-        self.factors = factors
-        self.runs = {}
-        for free_levels in itertools.product((0, 1), repeat=len(factors) - len(parities)):
-            levels = list(free_levels)
-            for positions in parities:
-                levels.append(sum(free_levels[position] for position in positions) % 2)
-            name = "".join(str(level) for level in levels)
-            self.runs[name] = {factor: factors[factor][level]
-                               for factor, level in zip(factors, levels)}
-
-    def levels(self):
-        """Return which value each factor has in each run, 0 or 1: an array (runs, factors)."""
-        return np.array([[int(digit) for digit in name] for name in self.runs])
+        self.runs = runs
+        self.seeds = dict(zip(runs, seeds or itertools.count()))
 
     def record_path(self, name):
         """Return the file of a run's record."""
@@ -53,7 +33,7 @@ class Factorial:
     def load_record(self, name):
         """Return the record of a run. Raise ValueError if the run had other values."""
         record = json.loads(self.record_path(name).read_text())
-        if record["values"] != self.runs[name]:
+        if (record["values"], record["seed"]) != (self.runs[name], self.seeds[name]):
             raise ValueError(f"{self.record_path(name)} has other values than the study; "
                              "delete it")
         return record
@@ -65,8 +45,9 @@ class Factorial:
     def measure(self, train_run, image_count, held_out_count, description):
         """Train the runs that the command line names and that have no record yet.
 
-        `train_run(values, training, held_out, seed)` returns the record of a run. The Splits
-        have the first and the last training images of CIFAR-10, so many of each.
+        `train_run(values, training, held_out, seed)` returns the record of a run, with
+        "values" and "seed". The Splits have the first and the last training images of
+        CIFAR-10, so many of each.
         """
         options = finder.parse_names(argparse.ArgumentParser(description=description), self.runs)
         training, held_out = finder.split_training_images(
@@ -75,10 +56,34 @@ class Factorial:
             if self.record_path(name).exists():
                 self.load_record(name)  # it has to be of the same run
                 continue
-            seed = list(self.runs).index(name)  # each run has its own
-            record = train_run(self.runs[name], training, held_out, seed)
+            record = train_run(self.runs[name], training, held_out, self.seeds[name])
             finder.write_record(self.record_path(name), record)
             print(name, "done", flush=True)
+
+
+# ---- Fractional factorials: two values of each factor, and not all combinations -----------
+
+def fractional_factorial(factors, parities):
+    """Return runs that tell the factors from each other; `factors` has two values for each.
+
+    The first factors take all combinations. Each of the others is a parity of these: it has
+    value 1 if an odd number of them have. `parities` holds, for each of the others, the
+    positions of the factors that count. A digit of a run's name says which value a factor
+    has, 0 or 1.
+    """
+    runs = {}
+    for free_levels in itertools.product((0, 1), repeat=len(factors) - len(parities)):
+        levels = list(free_levels)
+        for positions in parities:
+            levels.append(sum(free_levels[position] for position in positions) % 2)
+        name = "".join(str(level) for level in levels)
+        runs[name] = {factor: factors[factor][level] for factor, level in zip(factors, levels)}
+    return runs
+
+
+def levels_of(runs):
+    """Return which value each factor has in each run, 0 or 1: an array (runs, factors)."""
+    return np.array([[int(digit) for digit in name] for name in runs])
 
 
 def estimate_effects(levels, results):
