@@ -478,7 +478,7 @@ def test_each_run_of_a_study_has_a_record(study):
 
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
-    """Return a study of four runs, whose records are written into a folder of the test."""
+    """Return a study of three runs, whose records are written into a folder of the test."""
     split = random_split(100)
     monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
     monkeypatch.setattr(studies, "HERE", tmp_path)
