@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,6 @@ import sys
 import tarfile
 import threading
 import warnings
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,9 +81,13 @@ def write_cifar10(folder):
 
 
 def use_small_data(patch, attributes):
-    """Let CIFAR10 accept the files of `write_cifar10`. `patch` is a MonkeyPatch."""
+    """Let CIFAR10 accept the files of `write_cifar10`, and hide the sample.
+
+    `patch` is a MonkeyPatch.
+    """
     for name, value in attributes.items():
         patch.setattr(CIFAR10, name, value)
+    patch.setattr(train, "SAMPLE", Path("no sample"))
 
 
 class Workplace:
@@ -93,11 +97,10 @@ class Workplace:
         self.small_data = ("from torchvision.datasets import CIFAR10\n"
                            f"for name, value in {attributes!r}.items():\n"
                            "    setattr(CIFAR10, name, value)\n")
+        # A copy of the script has no sample beside it.
+        shutil.copy(SCRIPT, folder / "train.py")
         (folder / "launcher.py").write_text(
-            "import runpy, signal\n"
-            # A job in the background would ignore Ctrl-C.
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"{self.small_data}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+            f"import runpy\n{self.small_data}runpy.run_path('train.py', run_name='__main__')\n")
 
     def run(self, *arguments):
         """Run `main` in this process. Return the report that it wrote."""
@@ -167,36 +170,29 @@ def linear_network(height=32, width=32, classes=10):
 class DropoutNetwork(nn.Sequential):
     """A network that draws random numbers. Muon gets its second convolution."""
 
-    def __init__(self):
+    def __init__(self, recipe=Recipe(), num_classes=10):
         super().__init__(
             nn.Conv2d(3, 8, kernel_size=3, stride=4), nn.BatchNorm2d(8), nn.ReLU(),
             nn.Conv2d(8, 8, kernel_size=3, stride=2), nn.Dropout(), nn.Flatten(),
-            nn.Linear(8 * 3 * 3, 10))
+            nn.Linear(8 * 3 * 3, num_classes))
+        self.logit_scale = recipe.logit_scale
 
 
 class SmallResNet(nn.Sequential):
-    """A network of the built-in one's layers, but small.
+    """A fast stand-in for the class ResNet, with layers of the same kinds.
 
-    As matrices, its last two convolutions are tall, (64, 36), and wide, (8, 576).
+    As matrices, its last two convolutions are wide, (4, 576), and tall, (64, 36).
     """
 
-    def __init__(self):
-        super().__init__(
-            train.ConvBlock(3, 4, pool=True), train.ConvBlock(4, 64, pool=True),
-            train.ConvBlock(64, 8, pool=True), nn.Flatten(), nn.Linear(128, 10))
-
-
-class NarrowNetwork(nn.Module):
-    """A fast stand-in for the class ResNet: it takes a recipe and a number of classes."""
-
     def __init__(self, recipe=Recipe(), num_classes=10):
-        super().__init__()
-        self.prep = train.ConvBlock(3, 64, pool=True)
-        self.layer1 = train.ConvBlock(64, 16, pool=True)
-        self.head = nn.Linear(16, num_classes)
+        super().__init__(
+            train.ConvBlock(3, 64, pool=True), train.ConvBlock(64, 4, pool=True),
+            train.ConvBlock(4, 64, pool=True), nn.Flatten(), nn.Linear(1024, num_classes))
+        self.logit_scale = recipe.logit_scale
 
-    def forward(self, images):
-        return self.head(self.layer1(self.prep(images)).amax((2, 3)))
+    @property
+    def prep(self):
+        return self[0]
 
 
 STEP_RATES = train.Rates(0.001, 0.01)  # for tests that are not about the sweep
@@ -237,13 +233,6 @@ def layers_made_by_pytorch(seed):
 def test_a_value_without_sense_is_refused_by_name_in_one_sentence(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be [^\n]*, got [^\n]*$"):
         Recipe(**{name: value})
-
-
-def test_muon_is_refused_with_the_l2_term_that_it_would_ignore():
-    with pytest.raises(ValueError, match=r"^[^\n]*\bl2 must be 0\b[^\n]*\bmuon\b[^\n]*$"):
-        Recipe(optimizer="muon", l2=0.1)
-    assert Recipe(optimizer="muon").optimizer == "muon"
-    assert Recipe(optimizer="adam", l2=0.1).l2 == 0.1
 
 
 def test_numbers_of_numpy_become_pythons_own_in_a_recipe():
@@ -292,40 +281,25 @@ def test_forward_pass_against_the_network_written_out():
     torch.testing.assert_close(model(x), logits)
 
 
-@pytest.fixture(scope="module")
-def whitened_run():
-    """Return a Run of 1100 images, of which the last 100 differ much from the others."""
+def test_the_first_layer_whitens_the_first_1000_training_images():
     torch.manual_seed(1)
-    noise = torch.randn(1100, 3, 32, 32)
+    noise = torch.randn(1100, 3, 32, 32)  # the last 100 images differ much from the others
     # Pixels and channels depend on each other, as in photographs.
     noise[:1000] = F.avg_pool2d(noise[:1000], 3, stride=1, padding=1)
     noise[:, 1] += noise[:, 0]
-    images = (128 + 80 * noise).clamp(0, 255).byte()
-    split = train.Split(images, torch.arange(1100) % 10)
-    return train.start_run(Recipe(padding=0), split, random_split(8), device="cpu",
-                           precision="fp32")
-
-
-def test_the_first_layer_whitens_the_first_1000_training_images(whitened_run):
-    images = whitened_run.training.images[:1000]
-    sliding_windows = np.lib.stride_tricks.sliding_window_view
-    windows = sliding_windows(images.numpy(), (3, 3), axis=(2, 3))
+    split = train.Split((128 + 80 * noise).clamp(0, 255).byte(), torch.arange(1100) % 10)
+    run = train.start_run(Recipe(padding=0), split, random_split(8), device="cpu",
+                          precision="fp32")
+    images = run.training.images[:1000]
+    windows = np.lib.stride_tricks.sliding_window_view(images.numpy(), (3, 3), axis=(2, 3))
     patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
     variances = np.linalg.eigvalsh(np.cov(patches, rowvar=False))
     assert variances.min() < 0.01 < variances.max()  # so the 0.01 in the filters counts
-    filters = whitened_run.model.prep[0].weight[:27].detach()
-    outputs = F.conv2d(images, filters).transpose(0, 1).flatten(1)
+    filters = run.model.prep[0].weight.detach()
+    outputs = F.conv2d(images, filters[:27]).transpose(0, 1).flatten(1)
     expected = torch.diag(torch.from_numpy(variances / (variances + 0.01)).float())
     torch.testing.assert_close(torch.cov(outputs), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_the_first_layer_has_the_negatives_of_its_whitening_filters(whitened_run):
-    filters = whitened_run.model.prep[0].weight
     assert torch.equal(filters[27:54], -filters[:27])
-
-
-def test_the_last_10_filters_of_the_first_layer_are_pytorchs(whitened_run):
-    filters = whitened_run.model.prep[0].weight
     assert torch.equal(filters[54:], layers_made_by_pytorch(seed=0)[0].weight[54:])
 
 
@@ -337,19 +311,14 @@ def test_the_plain_recipe_begins_with_the_layers_that_pytorch_makes():
 
 
 def test_the_other_recipes_begin_with_convolutions_that_pass_their_input_on():
+    """Filters that have no input to pass on are PyTorch's, and so is the last layer."""
     layers = convolutions_and_head(small_run().model)
+    expected_layers = layers_made_by_pytorch(seed=0)
     assert len(layers) == 9
-    for convolution in layers[1:-1]:
+    for convolution, expected in zip(layers[1:-1], expected_layers[1:-1], strict=True):
         count = convolution.in_channels
         x = torch.randn(2, count, 8, 8)
         assert torch.equal(convolution(x)[:, :count], x)
-
-
-def test_filters_that_have_no_input_to_pass_on_and_the_last_layer_are_pytorchs():
-    layers = convolutions_and_head(small_run().model)
-    expected_layers = layers_made_by_pytorch(seed=0)
-    for convolution, expected in zip(layers[1:-1], expected_layers[1:-1], strict=True):
-        count = convolution.in_channels
         assert torch.equal(convolution.weight[count:], expected.weight[count:])
     assert torch.equal(layers[-1].weight, expected_layers[-1].weight)
 
@@ -363,8 +332,8 @@ def test_images_of_another_size_need_a_network_of_their_own():
 
 
 def test_a_network_for_another_size_keeps_its_weights_until_it_trains():
-    network = linear_network(16, 16)
-    split = random_split(8, 16, 16)
+    network = linear_network(48, 32)
+    split = random_split(8, 48, 32)
     before = copy.deepcopy(network[1].weight)
     recipe = Recipe(epochs=1, batch_size=4)
     run = train.start_run(recipe, split, split, device="cpu", model=network)
@@ -427,18 +396,6 @@ def test_a_split_is_made_of_the_array_and_list_of_a_torchvision_data_set():
         assert torch.equal(image / 255, TF.to_tensor(pixels))
     assert split.labels.dtype == torch.int64
     assert split.labels.tolist() == [3, 0, 9, 9, 1]
-
-
-def test_cifar10_is_loaded_as_torchvision_shows_it(workplace):
-    training, test, classes = train.load_cifar10("data")
-    for split, is_training in ((training, True), (test, False)):
-        expected = CIFAR10("data", train=is_training)
-        assert len(split.images) == len(expected)
-        assert len(split.labels) == len(expected)
-        for i, (picture, label) in enumerate(expected):
-            assert torch.equal(split.images[i], TF.pil_to_tensor(picture))
-            assert split.labels[i] == label
-    assert classes == CLASSES
 
 
 TRAINABLE = random_split(8)
@@ -559,17 +516,6 @@ def test_augmentation_pixel_for_pixel_against_torchvision(
         torch.testing.assert_close(augmented[i], image, rtol=0, atol=1e-6)
 
 
-def test_images_that_are_not_square_keep_their_size_in_training():
-    split = random_split(8, 48, 32)
-    run = run_with(split, epochs=1, batch_size=4)
-    for images, _ in train.augmented_batches(run, 1):
-        assert images.shape == (4, 3, 48, 32)
-    assert run.test.images.shape == (8, 3, 48, 32)
-    before = copy.deepcopy(run.model[1].weight)
-    list(train.train_epochs(run, STEP_RATES))  # trains and evaluates
-    assert not torch.equal(run.model[1].weight, before)
-
-
 DRAWN_COUNT = 100_000
 
 
@@ -588,8 +534,9 @@ def drawn(monkeypatch):
         values["hole's left"] = (25, left)
 
     def draw_flips(flips, epoch, generator):
-        recipe = Recipe(flips=flips)
-        return train.draw_flips(recipe, DRAWN_COUNT, 0, epoch, "cpu", generator)
+        run = SimpleNamespace(recipe=Recipe(flips=flips), seed=0,
+                              training=train.Split(None, torch.zeros(DRAWN_COUNT)))
+        return train.draw_flips(run, epoch, generator)
 
     monkeypatch.setattr(train, "crop_images", keep_corners)
     monkeypatch.setattr(train, "cut_holes", keep_holes)
@@ -624,26 +571,14 @@ def test_crops_holes_and_flips_are_drawn_independently(drawn):
 
 def test_sweep_training_and_other_seeds_have_random_numbers_of_their_own():
     epochs_of_training = [*range(100), train.MAX_EPOCHS]
-    # A sweep has at most 8 epochs: one of a single step is shown 8 times.
-    epochs_of_sweep = range(train.SWEEP_EPOCH, train.SWEEP_EPOCH + 8)
+    # A sweep has at most 180 steps if an epoch has one step.
+    epochs_of_sweep = range(train.SWEEP_EPOCH, train.SWEEP_EPOCH + 180)
     first_numbers = set()
     for seed in (0, 1, 2, 2**32 - 1):
         for epoch in (*epochs_of_training, *epochs_of_sweep):
             generator = train.epoch_generator(seed, epoch, "cpu")
             first_numbers.add(torch.randint(2**62, (), generator=generator).item())
-    assert len(first_numbers) == 4 * (101 + 8)
-
-
-def test_an_epoch_shows_every_image_once_in_batches():
-    run = run_with(numbered_split(50), batch_size=12)
-    counts = []
-    shown = []
-    for images, labels in train.augmented_batches(run, 1):
-        assert len(images) == len(labels)
-        counts.append(len(labels))
-        shown.extend(labels.tolist())
-    assert counts == [12, 12, 12, 12, 2]
-    assert sorted(shown) == list(range(50))
+    assert len(first_numbers) == 4 * (101 + 180)
 
 
 def test_images_stay_with_their_labels_and_without_flips_none_is_mirrored():
@@ -724,25 +659,6 @@ def test_augment_gets_images_after_the_recipes_augmentation_in_the_runs_precisio
         assert torch.equal(labels, expected_labels)
 
 
-def noise_only(images, generator):
-    """Return random numbers in place of images."""
-    return torch.rand(images.shape, generator=generator)
-
-
-def test_augment_draws_the_same_numbers_in_an_epoch_of_a_seed_and_others_elsewhere():
-    split = numbered_split(8)
-
-    def noise(seed, epoch):
-        run = run_with(split, seed=seed, batch_size=4, augment=noise_only)
-        return list(train.augmented_batches(run, epoch))
-
-    first = noise(seed=0, epoch=1)
-    assert same_batches(first, noise(seed=0, epoch=1))
-    others = [*noise(seed=0, epoch=2), *noise(seed=1, epoch=1)]
-    values = {images.sum().item() for images, _ in (*first, *others)}
-    assert len(values) == 6
-
-
 def draw_and_keep(images, generator):
     """Draw a random number and return the images as they are."""
     torch.rand(1, generator=generator)
@@ -759,26 +675,6 @@ def test_augment_draws_from_the_generator_of_the_crops():
     assert not same_batches(batches[1:], plain[1:])
 
 
-def test_sweep_and_training_show_what_augment_returns_and_evaluation_does_not():
-    def fill(images, generator):
-        return torch.full_like(images, 7.0)
-
-    run = run_with(random_split(8), epochs=1, batch_size=4, augment=fill)
-    shown = {True: [], False: []}  # in training, in evaluation
-
-    def keep_images(network, arguments):
-        shown[network.training].append(arguments[0].clone())
-
-    run.model.register_forward_pre_hook(keep_images)
-    run.averaged.register_forward_pre_hook(keep_images)
-    rates = train.find_rates(run)
-    assert len(shown[True]) == len(rates.sweep["lr"])
-    list(train.train_epochs(run, STEP_RATES))
-    assert len(shown[True]) == len(rates.sweep["lr"]) + 2
-    assert all((images == 7).all() for images in shown[True])
-    assert torch.equal(torch.cat(shown[False]), run.test.images)
-
-
 def in_rows(images, generator):
     return images.contiguous()
 
@@ -791,21 +687,23 @@ def test_weights_are_channels_last():
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("augment", [None, in_rows])
-def test_batches_are_channels_last_whatever_augment_returns(augment):
-    run = run_with(random_split(8), batch_size=8, augment=augment)
+def test_batches_are_channels_last_whatever_augment_returns():
+    run = run_with(random_split(8), batch_size=8, augment=in_rows)
     images, _ = next(train.augmented_batches(run, 1))
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("count, sizes", [
     (32, [16, 16]), (33, [16, 17]), (34, [16, 16, 2]), (17, [17]), (16, [16]), (5, [5])])
-def test_a_last_image_alone_joins_the_batch_before_it(count, sizes):
-    run = run_with(random_split(count), batch_size=16)
+def test_an_epoch_shows_each_image_once_and_a_last_image_joins_the_batch_before_it(
+        count, sizes):
+    run = run_with(numbered_split(count), batch_size=16)
     batches = list(train.augmented_batches(run, 1))
     assert [len(labels) for _, labels in batches] == sizes
     assert all(len(images) == len(labels) for images, labels in batches)
     assert run.steps_per_epoch == len(sizes)
+    shown = torch.cat([labels for _, labels in batches])
+    assert sorted(shown.tolist()) == list(range(count))
 
 
 @pytest.fixture
@@ -879,19 +777,34 @@ SWEPT_RATES = [10.0 ** exponent for exponent in range(-8, 1)]
 SWEPT_LOSSES = [3.0, 2.9, 1.02, 1.04, 1.0, 1.02, 1.025, 1.01, 1.6]
 
 
-@pytest.mark.parametrize("adam_steps", [0, 10**12])  # no Adam; a long training
-def test_lr_max_is_twice_the_last_rate_before_the_loss_rises_by_3_percent(adam_steps):
-    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, adam_steps)
-    assert lr_max == pytest.approx(2 * 1e-1)
-    assert lr_min == pytest.approx(lr_max / 300)
+def swept_losses_with(changed):
+    """Return SWEPT_LOSSES with other values at some positions."""
+    return [changed.get(i, loss) for i, loss in enumerate(SWEPT_LOSSES)]
 
 
-@pytest.mark.parametrize("adam_steps, factor", [(1, 1 / 9), (32, 8 / 9), (1024, 64 / 9)])
-def test_in_a_short_training_with_adam_lr_max_is_near_the_middle_of_the_rates_with_a_low_loss(
-        adam_steps, factor):
-    lr_min, lr_max = train.read_sweep(SWEPT_RATES, SWEPT_LOSSES, adam_steps)
-    middle = 10 ** -3.5  # between 1e-6 and 0.1
-    assert lr_max == pytest.approx(factor * middle)
+# Between 1e-6 and 0.1, the first and the last rate at which the loss is low.
+MIDDLE = 10 ** -3.5
+
+
+@pytest.mark.parametrize("losses, adam_steps, lr_max", [
+    # Twice the last rate before the loss rises by 3%: without Adam, and in a long training.
+    (SWEPT_LOSSES, 0, 2 * 0.1),
+    (SWEPT_LOSSES, 10**12, 2 * 0.1),
+    # In a short training with Adam, near the middle of the rates with a low loss.
+    (SWEPT_LOSSES, 1, MIDDLE / 9),
+    (SWEPT_LOSSES, 32, 8 / 9 * MIDDLE),
+    (SWEPT_LOSSES, 1024, 64 / 9 * MIDDLE),
+    # The loss is low where it is below a tenth of its fall: here, below 1 + (3 - 1) / 10.
+    (swept_losses_with({2: 1.21}), 32, 8 / 9 * 1e-3),
+    # After the first rise, here at 0.01, the sweep is read no further.
+    (swept_losses_with({6: 1.04}), 0, 2 * 1e-3),
+    # After a small fall, a tenth of it is the rise: here 0.02, while 3% are 0.03.
+    ([1.2, 1.19, 1.0, 1.015, 1.025, 1.1], 0, 2 * 1e-5),
+    # At most the last rate.
+    (SWEPT_LOSSES[:5], 0, 1e-4)])
+def test_the_rates_that_are_read_from_a_sweep(losses, adam_steps, lr_max):
+    lr_min, found = train.read_sweep(SWEPT_RATES[:len(losses)], losses, adam_steps)
+    assert found == pytest.approx(lr_max)
     assert lr_min == pytest.approx(lr_max / 300)
 
 
@@ -909,42 +822,15 @@ def test_adam_and_its_relatives_are_known_by_their_betas(make_optimizer, is_adam
     assert train.is_adam(make_optimizer(parameters)) == is_adam
 
 
-def test_the_loss_has_fallen_where_it_is_below_a_tenth_of_its_fall():
-    losses = [*SWEPT_LOSSES]
-    losses[2] = 1.21  # 1 + (3 - 1) / 10 is 1.2
-    _, lr_max = train.read_sweep(SWEPT_RATES, losses, 32)
-    assert lr_max == pytest.approx(8 / 9 * 1e-3)  # the middle between 1e-5 and 0.1
-
-
-def test_after_a_small_fall_a_tenth_of_it_is_the_rise():
-    losses = [1.2, 1.19, 1.0, 1.015, 1.025, 1.1]  # a tenth of the fall is 0.02, 3% are 0.03
-    _, lr_max = train.read_sweep(SWEPT_RATES[:6], losses, 0)
-    assert lr_max == pytest.approx(2 * SWEPT_RATES[3])
-
-
-def test_after_the_first_rise_the_sweep_is_read_no_further():
-    losses = [*SWEPT_LOSSES]
-    losses[6] = 1.04  # at 0.01; it falls again at 0.1
-    _, lr_max = train.read_sweep(SWEPT_RATES, losses, 0)
-    assert lr_max == pytest.approx(2 * 1e-3)
-
-
-def test_lr_max_is_never_above_the_last_rate_of_the_sweep():
-    lr_min, lr_max = train.read_sweep(SWEPT_RATES[:5], SWEPT_LOSSES[:5], 0)
-    assert lr_max == pytest.approx(1e-4)
-    assert lr_min == pytest.approx(1e-4 / 300)
-
-
 @pytest.mark.parametrize("losses, doubt", [
+    (SWEPT_LOSSES, None), ([1.07, 1.0, 1.1], None),
     (SWEPT_LOSSES[:-1], "never rose"), ([1.05, 1.0, 1.1], "fell by only 4.8%")])
 def test_a_sweep_that_never_rises_or_hardly_falls_is_doubted_with_advice(losses, doubt):
     note = train.why_uncertain(losses)
-    assert re.fullmatch(rf"the loss of the sweep {doubt}, .*\. Try a quarter.*", note)
-
-
-@pytest.mark.parametrize("losses", [SWEPT_LOSSES, [1.07, 1.0, 1.1]])
-def test_a_sweep_that_falls_by_6_percent_and_rises_is_not_doubted(losses):
-    assert train.why_uncertain(losses) is None
+    if doubt is None:
+        assert note is None
+    else:
+        assert re.fullmatch(rf"the loss of the sweep {doubt}, .*\. Try a quarter.*", note)
 
 
 @pytest.mark.parametrize("losses", [[1.0, 1.5, 2.0], []])
@@ -1004,15 +890,6 @@ def test_a_sweep_takes_200_steps_but_one_to_two_epochs_and_at_least_120_steps(
     assert len(sweep_of(monkeypatch, steps_per_epoch, usual_loss).lrs) == steps
 
 
-def test_the_rate_of_a_sweep_rises_evenly_from_a_millionth_to_1(monkeypatch):
-    lrs = sweep_of(monkeypatch, 150, usual_loss).lrs
-    assert lrs == pytest.approx(np.geomspace(1e-6, 1, 200).tolist())
-
-
-def test_a_sweep_has_adams_first_beta_of_the_peak(monkeypatch):
-    assert set(sweep_of(monkeypatch, 150, usual_loss).beta1s) == {0.85}
-
-
 def test_a_sweep_shows_new_batches_which_no_epoch_of_training_shows(monkeypatch):
     epochs = sweep_of(monkeypatch, 50, usual_loss).epochs
     assert len(epochs) == len(set(epochs)) == 3  # for 120 steps
@@ -1027,10 +904,11 @@ def test_the_rates_of_a_sweep_have_its_record(monkeypatch):
     assert sweep["loss"] == pytest.approx(losses)
     assert len(sweep["smoothed_loss"]) == 200
     assert seen.rates.note is None
+    assert set(seen.beta1s) == {0.85}  # Adam's first beta at the peak
 
 
 @pytest.mark.parametrize("make_optimizer, adam_steps", [
-    (None, 24), (torch.optim.AdamW, 24), (functools.partial(torch.optim.SGD, lr=1), 0)])
+    (None, 24), (functools.partial(torch.optim.SGD, lr=1), 0)])
 def test_only_trainings_with_adam_have_a_limit_if_they_are_short(
         monkeypatch, make_optimizer, adam_steps):
     rates = sweep_of(monkeypatch, 1, usual_loss, make_optimizer).rates
@@ -1095,26 +973,11 @@ def test_a_sweep_ends_when_the_loss_has_climbed_to_one_and_a_half_times_its_lowe
     assert steps == pytest.approx(149, abs=2)
 
 
-def small_climb(step, lr):
-    if step < 40:
-        return 2.0
-    return 1.0 if step < 120 else 1.4
-
-
-def fall_after_a_small_climb(step, lr):
-    if step < 40:
-        return 1.0
-    return 1.4 if step < 80 else 0.5
-
-
-def single_high_loss(step, lr):
-    return 4.0 if step == 100 else 1.0 - step / 2000
-
-
-@pytest.mark.parametrize("loss_at", [
-    small_climb, fall_after_a_small_climb, single_high_loss])
 @pytest.mark.filterwarnings("ignore:the loss of the sweep")
-def test_a_sweep_goes_on_after_less_of_a_climb(loss_at, monkeypatch):
+def test_a_sweep_goes_on_after_a_single_high_loss(monkeypatch):
+    def loss_at(step, lr):
+        return 4.0 if step == 100 else 1.0 - step / 2000
+
     assert len(sweep_of(monkeypatch, 200, loss_at).lrs) >= 200
 
 
@@ -1185,9 +1048,8 @@ def test_a_sweep_leaves_the_run_as_it_was(optimizer, steps):
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_a_sweep_that_is_interrupted_leaves_the_run_as_it_was(optimizer):
-    run = run_before_a_sweep(optimizer, steps=2)
+def test_a_sweep_that_is_interrupted_leaves_the_run_as_it_was():
+    run = run_before_a_sweep("adam", steps=2)
     before = run.state()
 
     def interrupt(step, *_):
@@ -1210,12 +1072,10 @@ def test_decay_alone_shrinks_a_weight_to_1_over_e_in_its_time(lr_max, steps_per_
     assert (1 - lr_max * decay) ** steps == pytest.approx(1 / math.e, rel=0.01)
 
 
-def test_a_decay_time_of_0_is_no_decay():
-    assert train.weight_decay(Recipe(decay_epochs=0), 0.04, 98) == 0
-
-
-def test_the_l2_term_takes_the_place_of_decay():
-    assert train.weight_decay(Recipe(l2=0.1), 0.04, 98) == 0.1
+@pytest.mark.parametrize("recipe, decay", [
+    (Recipe(decay_epochs=0), 0), (Recipe(l2=0.1), 0.1)])
+def test_a_decay_time_of_0_is_no_decay_and_the_l2_term_takes_its_place(recipe, decay):
+    assert train.weight_decay(recipe, 0.04, 98) == decay
 
 
 def written_out_loss(logits, labels):
@@ -1246,24 +1106,36 @@ def parameter_groups(parameters, matrix_decay, vector_decay):
             {"params": vectors, "weight_decay": vector_decay}]
 
 
-@pytest.mark.parametrize("recipe, optimizer_type, epsilon, decay, loss_function", [
-    (Recipe(), torch.optim.AdamW, 0.01, 30, written_out_loss),
-    (Recipe(l2=0.1), torch.optim.Adam, 0.01, 0.1, written_out_loss),
+def squared_error(run, images, labels):
+    """Return a loss of one's own: the mean squared distance to one-hot vectors."""
+    logits = run.forward(images)
+    return F.mse_loss(logits, F.one_hot(labels, 10).float()), logits
+
+
+def written_out_squared_error(logits, labels):
+    return (logits - torch.eye(10)[labels]).square().mean()
+
+
+@pytest.mark.parametrize("recipe, loss, optimizer_type, epsilon, decay, written_out", [
+    (Recipe(beta2=0.98), None, torch.optim.AdamW, 0.01, 30, written_out_loss),
+    (Recipe(l2=0.1), None, torch.optim.Adam, 0.01, 0.1, written_out_loss),
     # PyTorch's defaults are epsilon and loss of "plain".
-    (train.RECIPES["plain"], torch.optim.Adam, 1e-8, 0, F.cross_entropy)],
-    ids=["tuned", "l2", "plain"])
-def test_steps_against_pytorch_written_out(recipe, optimizer_type, epsilon, decay,
-                                           loss_function):
-    run = small_run(dataclasses.replace(recipe, batch_size=8), model=SmallResNet)
+    (train.RECIPES["plain"], None, torch.optim.Adam, 1e-8, 0, F.cross_entropy),
+    (Recipe(), squared_error, torch.optim.Adam, 0.01, 0, written_out_squared_error)],
+    ids=["tuned", "l2", "plain", "own loss"])
+def test_steps_against_pytorch_written_out(recipe, loss, optimizer_type, epsilon, decay,
+                                           written_out):
+    recipe = dataclasses.replace(recipe, batch_size=8)
+    run = small_run(recipe, model=SmallResNet, loss=loss)
     run.optimizer.param_groups[0]["weight_decay"] = decay
     reference = copy.deepcopy(run.model)
     groups = parameter_groups([*reference.parameters()], decay, recipe.l2)
     optimizer = optimizer_type(groups, eps=epsilon)
     images, labels = random_batch()
     for lr, beta1 in ((0.01, 0.9), (0.002, 0.7)):
-        expected = written_out_gradients(reference, loss_function, images, labels)
+        expected = written_out_gradients(reference, written_out, images, labels)
         for group in optimizer.param_groups:
-            group.update(lr=lr, betas=(beta1, 0.999))
+            group.update(lr=lr, betas=(beta1, recipe.beta2))
         optimizer.step()
         result = train.train_step(run, images, labels, lr, beta1)
         torch.testing.assert_close(result, expected)
@@ -1302,9 +1174,12 @@ def test_precision_follows_the_instructions_of_the_cpu_in_an_older_pytorch(
     assert train.choose_precision("cpu") == expected
 
 
-def test_fp16_is_refused_on_apple_gpus():
-    with pytest.raises(ValueError, match="fp16 does not work on Apple GPUs"):
-        train.choose_precision("mps", "fp16")
+@pytest.mark.parametrize("device, precision, sentence", [
+    ("mps", "fp16", "fp16 does not work on Apple GPUs"),
+    ("cpu", "fp64", "precision must be one of fp32, bf16, fp16")])
+def test_a_precision_that_does_not_work_is_refused(device, precision, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train.choose_precision(device, precision)
 
 
 @pytest.mark.parametrize("is_native, expected", [
@@ -1315,15 +1190,6 @@ def test_precision_follows_the_instructions_of_the_gpu(monkeypatch, is_native, e
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert train.choose_precision("cuda") == expected
-
-
-def test_a_precision_that_is_named_is_taken():
-    assert train.choose_precision("cpu", "fp16") == "fp16"
-
-
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16"):
-        train.choose_precision("cpu", "fp64")
 
 
 @pytest.mark.parametrize("available", ["cuda", "mps", "cpu"])
@@ -1454,44 +1320,56 @@ def begin_to_train(run):
 SWEEP_AND_TRAINING = pytest.mark.parametrize("start", [train.find_rates, begin_to_train])
 
 
-@SWEEP_AND_TRAINING
-def test_the_optimizer_of_another_network_is_refused(start):
-    run = small_run(model=linear_network)
+def exchange_a_layer(run):
     run.model[1] = nn.Linear(3072, 10)
-    with pytest.raises(ValueError, match="does not hold all parameters"):
+
+
+def freeze_all(run):
+    run.model.requires_grad_(False)
+
+
+@SWEEP_AND_TRAINING
+@pytest.mark.parametrize("spoil, reason", [
+    (exchange_a_layer, "the optimizer does not hold all parameters"),
+    (freeze_all, "all parameters are frozen")])
+def test_a_run_that_cannot_train_all_parameters_is_refused(start, spoil, reason):
+    run = small_run(model=linear_network)
+    spoil(run)
+    with pytest.raises(ValueError, match=reason):
         start(run)
 
 
-@pytest.mark.filterwarnings("ignore:only")
-def test_frozen_parameters_need_no_optimizer_and_stay():
-    run = small_run(Recipe(epochs=1, batch_size=4), model=SmallResNet)
-    run.model[0].requires_grad_(False)
-    run.optimizer = torch.optim.SGD(
-        [values for values in run.model.parameters() if values.requires_grad], lr=1)
-    before = copy.deepcopy(run.model)
-    list(train.train_epochs(run, STEP_RATES))
-    assert torch.equal(run.model[0][0].weight, before[0][0].weight)
-    assert not torch.equal(run.model[1][0].weight, before[1][0].weight)
+class TwoOutputs(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@pytest.mark.parametrize("network, reason", [
+    (TwoOutputs(linear_network()), r"the logits \(B, classes\) alone, got a tuple"),
+    (linear_network(classes=9), r"10 logits .* num_classes is 10, got \(8, 9\)"),
+    (nn.Flatten(0), r"10 logits .* num_classes is 10, got \(24576,\)")])
+def test_a_network_whose_logits_do_not_fit_the_classes_is_refused(network, reason):
+    run = small_run(model=linear_network)
+    run.model = network
+    with pytest.raises(ValueError, match=f"the network must return {reason}"):
+        run.forward(run.test.images)
+
+
+def test_a_network_may_have_more_outputs_than_there_are_classes():
+    run = small_run(Recipe(epochs=1), model=lambda: linear_network(classes=1000))
+    assert len(list(train.train_epochs(run, STEP_RATES))) == 1
 
 
 @SWEEP_AND_TRAINING
 def test_a_network_that_is_partly_frozen_is_announced(start):
     run = small_run(model=SmallResNet)
     run.model[0].requires_grad_(False)
-    count = sum(values.numel() for values in run.model.parameters())
-    trained = count - sum(values.numel() for values in run.model[0].parameters())
+    parameters = list(run.model.parameters())
+    trainable = [values for values in parameters if values.requires_grad]
+    run.optimizer = torch.optim.Adam(trainable)  # it need not have the others
+    count = sum(values.numel() for values in parameters)
+    trained = sum(values.numel() for values in trainable)
     with pytest.warns(match=f"^only {trained:,} of {count:,} parameters are trained"):
-        start(run)
-
-
-@SWEEP_AND_TRAINING
-def test_a_network_that_returns_more_than_logits_is_refused(start):
-    class TwoOutputs(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x), None
-
-    run = small_run(model=TwoOutputs(nn.Flatten(), nn.Linear(3072, 10)))
-    with pytest.raises(ValueError, match=r"must return the logits \(B, classes\) alone"):
         start(run)
 
 
@@ -1503,20 +1381,31 @@ def test_plain_tuples_serve_as_splits_and_rates():
     assert len(rows) == 1
 
 
-def test_a_network_without_a_length_is_trained_as_any_other():
-    class Empty(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = linear_network()
+def split_of_easy_images(seeds):
+    """Return a Split of 20 easy images for each seed."""
+    parts = [easy_images(seed) for seed in seeds]
+    images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([part["labels"] for part in parts])
+    return train.Split(torch.from_numpy(images), torch.from_numpy(labels))
 
-        def __len__(self):
-            return 0
 
-        def forward(self, x):
-            return self.layers(x)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_with_a_sweep_learns_to_tell_easy_images_apart(optimizer):
+    recipe = Recipe(epochs=8, batch_size=20, optimizer=optimizer)
+    run = train.start_run(recipe, split_of_easy_images(range(5)), split_of_easy_images([5]),
+                          device="cpu", precision="fp32", model=SmallResNet)
+    *_, last = train.train_epochs(run, train.find_rates(run))
+    assert last["test_accuracy"] >= 0.8  # chance is 0.1
 
-    assert isinstance(small_run(model=Empty()).model, Empty)
-    assert isinstance(small_run(model=Empty).model, Empty)
+
+@pytest.mark.parametrize("device, is_kept", [("cpu", True), ("mps", False)])
+def test_freed_memory_is_kept_on_the_cpu(monkeypatch, device, is_kept):
+    calls = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: calls.append("kept"))
+    run = small_run(model=linear_network)
+    run.device = device
+    train.begin_training(run)
+    assert bool(calls) == is_kept
 
 
 def test_training_is_in_fp32_whatever_pytorchs_default_is():
@@ -1528,14 +1417,6 @@ def test_training_is_in_fp32_whatever_pytorchs_default_is():
         torch.set_default_dtype(torch.float32)
     assert run.training.images.dtype == torch.float32
     assert {values.dtype for values in run.model.parameters()} == {torch.float32}
-
-
-@SWEEP_AND_TRAINING
-def test_a_network_with_all_parameters_frozen_is_refused(start):
-    run = small_run(model=linear_network)
-    run.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="all parameters are frozen"):
-        start(run)
 
 
 def recorded_steps(monkeypatch, losses, correct):
@@ -1566,7 +1447,10 @@ def two_epochs_of_three_steps():
 def test_an_epoch_takes_each_step_at_its_rates_in_training_mode(monkeypatch):
     steps = recorded_steps(monkeypatch, [1.0] * 6, [0] * 6)
     run = two_epochs_of_three_steps()
-    rows = list(train.train_epochs(run, STEP_RATES))
+    rows = []
+    for row in train.train_epochs(run, STEP_RATES):
+        rows.append(row)
+        run.model.eval()  # the caller may look at the weights without the average
     planned = planned_rates(run, 6)
     assert [step.rates for step in steps] == planned
     assert [step.count for step in steps] == [4, 4, 2] * 2
@@ -1758,30 +1642,13 @@ def test_the_default_device_of_the_caller_makes_no_difference(optimizer):
         assert same_state(state_without_seconds(run), state_without_seconds(reference))
 
 
-@SWEEP_AND_TRAINING
-def test_an_interrupted_epoch_is_not_continued(start):
+@pytest.mark.parametrize("go_on", [train.find_rates, begin_to_train, train.Run.state])
+def test_an_interrupted_epoch_is_not_continued_and_has_no_state(go_on):
     run = small_run(Recipe(epochs=2, batch_size=4), model=linear_network)
     with pytest.raises(KeyboardInterrupt):
         list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
     with pytest.raises(ValueError, match="interrupted"):
-        start(run)
-
-
-def test_an_interrupted_epoch_has_no_state():
-    run = small_run(Recipe(epochs=2, batch_size=4), model=linear_network)
-    with pytest.raises(KeyboardInterrupt):
-        list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
-    with pytest.raises(ValueError, match="interrupted"):
-        run.state()
-
-
-def test_after_an_interrupted_epoch_an_earlier_state_is_continued():
-    run = small_run(Recipe(epochs=2, batch_size=4), model=linear_network)
-    before = run.state()
-    with pytest.raises(KeyboardInterrupt):
-        list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
-    run.load_state(before)
-    assert [row["epoch"] for row in train.train_epochs(run, STEP_RATES)] == [1, 2]
+        go_on(run)
 
 
 def test_after_an_interrupted_step_in_fp16_an_earlier_state_is_continued():
@@ -1812,18 +1679,20 @@ def test_a_state_is_a_copy_that_may_be_loaded_more_than_once():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_a_new_run_goes_on_from_a_state_bit_for_bit(optimizer):
+def test_training_that_was_left_goes_on_bit_for_bit_in_its_run_and_from_its_state(optimizer):
     recipe = Recipe(epochs=3, batch_size=4, optimizer=optimizer)
-    run = small_run(recipe, model=DropoutNetwork)
-    epochs = train.train_epochs(run, STEP_RATES)
-    next(epochs)
-    state = run.state()
-    list(epochs)
+    undisturbed, left, resumed = [small_run(recipe, model=DropoutNetwork) for _ in range(3)]
+    torch.manual_seed(5)  # for dropout
+    list(train.train_epochs(undisturbed, STEP_RATES))
+    torch.manual_seed(5)
+    next(train.train_epochs(left, STEP_RATES))
+    state = left.state()
+    list(train.train_epochs(left, STEP_RATES))
     torch.rand(100)  # other code draws, too
-    resumed = small_run(recipe, model=DropoutNetwork)
     resumed.load_state(state)
     list(train.train_epochs(resumed, STEP_RATES))
-    assert same_state(state_without_seconds(resumed), state_without_seconds(run))
+    for run in (left, resumed):
+        assert same_state(state_without_seconds(run), state_without_seconds(undisturbed))
 
 
 @pytest.mark.parametrize("label_smoothing, seed, precision, difference", [
@@ -1839,31 +1708,6 @@ def test_the_state_of_a_run_with_other_settings_is_refused(
     with pytest.raises(ValueError, match=f"another {difference}"):
         other.load_state(state)
     assert same_state(other.state(), before)
-
-
-def squared_error(run, images, labels):
-    """Return a loss of one's own: the mean squared distance to one-hot vectors."""
-    logits = run.forward(images)
-    return F.mse_loss(logits, F.one_hot(labels, 10).float()), logits
-
-
-def test_a_loss_of_your_own_against_pytorch_written_out():
-    run = small_run(loss=squared_error, model=SmallResNet)
-    reference = copy.deepcopy(run.model)
-    optimizer = torch.optim.Adam(reference.parameters(), eps=0.01)
-
-    def written_out_squared_error(logits, labels):
-        return (logits - torch.eye(10)[labels]).square().mean()
-
-    images, labels = random_batch()
-    for lr in (0.01, 0.002):
-        expected = written_out_gradients(reference, written_out_squared_error, images, labels)
-        optimizer.param_groups[0].update(lr=lr, betas=(0.9, 0.999))
-        optimizer.step()
-        result = train.train_step(run, images, labels, lr, 0.9)
-        torch.testing.assert_close(result, expected)
-    for ours, theirs in zip(run.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_loss_of_your_own_gets_the_run_and_each_augmented_batch():
@@ -1897,7 +1741,7 @@ def test_accuracy_is_that_of_the_logits_which_a_loss_returns(shift, accuracy):
 def test_a_model_function_makes_another_network_for_each_seed():
     split = random_split(8)
     weights = {}
-    for seed in (0, 1):
+    for seed in np.arange(2):
         run = train.start_run(Recipe(), split, split, seed=seed, device="cpu",
                               model=linear_network)
         torch.manual_seed(seed)
@@ -2101,16 +1945,17 @@ def fake_run(device, precision, optimizer="adam"):
     layout = train.memory_format(device)
     with torch.device(device):
         model = train.ResNet(Recipe(initialization="pytorch"))  # "identity" takes seconds
-        padded = torch.empty(20, 3, 40, 40, dtype=dtype).contiguous(memory_format=layout)
-        images = torch.empty(20, 3, 32, 32, dtype=dtype).contiguous(memory_format=layout)
-        labels = torch.zeros(20, dtype=torch.long)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # Module.to does not work on fake tensors
             weight = module.weight.detach().contiguous(memory_format=layout)
             module.weight = nn.Parameter(weight)
-    return train.Run(recipe, 0, device, precision, mean=None, std=None,
-                     training=train.Split(padded, labels), test=train.Split(images, labels),
-                     model=model, averaged=model,
+    split = train.Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8),
+                        torch.zeros(20, dtype=torch.long))
+    ones = torch.ones(3)
+    padded = train.prepare_images(split, ones, ones, device, dtype, 4, "reflect")
+    test = train.prepare_images(split, ones, ones, device, dtype)
+    return train.Run(recipe, 0, device, precision, num_classes=10, mean=None, std=None,
+                     training=padded, test=test, model=model, averaged=model,
                      optimizer=train.make_optimizer(recipe, model, dtype),
                      scaler=torch.amp.GradScaler(device, enabled=False),
                      loss=train.cross_entropy)
@@ -2135,24 +1980,15 @@ LOW_PRECISION = pytest.mark.parametrize("precision", ["bf16", "fp16"])
 
 
 @LOW_PRECISION
-def test_prepared_images_are_on_the_gpu_in_its_layout_and_precision(fake_cuda, precision):
-    dtype = train.DTYPES[precision]
-    split = train.Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8),
-                        torch.zeros(20, dtype=torch.long))
-    images, labels = train.prepare_images(split, torch.ones(3), torch.ones(3), "cuda", dtype,
-                                          4, "reflect")
-    assert images.device.type == labels.device.type == "cuda"
-    assert images.shape == (20, 3, 40, 40)
-    assert is_laid_out(images, dtype)
-
-
-@LOW_PRECISION
-def test_batches_are_made_on_the_gpu_in_its_layout_and_precision(fake_cuda, precision):
+def test_images_and_batches_are_on_the_gpu_in_its_layout_and_precision(fake_cuda, precision):
     run = fake_run("cuda", precision)
     with OnlyCuda():
         batches = list(train.augmented_batches(run, 1))
+    assert run.training.images.shape == (20, 3, 40, 40)
     assert [len(labels) for _, labels in batches] == [8, 8, 4]
-    assert all(is_laid_out(images, run.dtype) for images, _ in batches)
+    for images, labels in (run.training, run.test, *batches):
+        assert images.device.type == labels.device.type == "cuda"
+        assert is_laid_out(images, run.dtype)
 
 
 @LOW_PRECISION
@@ -2307,9 +2143,8 @@ def test_no_graph_is_captured_where_it_would_not_help(graphs, changed):
 @pytest.fixture
 def quick_workplace(workplace, monkeypatch):
     """Return a Workplace whose `main` trains a DropoutNetwork: two steps in an epoch."""
-    start_run = train.start_run
-    monkeypatch.setattr(train, "start_run",
-                        lambda *arguments: start_run(*arguments, model=DropoutNetwork))
+    monkeypatch.setattr(train, "ResNet", DropoutNetwork)
+    monkeypatch.setattr(train, "whiten_patches", lambda model, images: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, threads that wait for others cost seconds
     yield workplace
@@ -2317,7 +2152,8 @@ def quick_workplace(workplace, monkeypatch):
 
 
 FOUND = train.Rates(0.0002, 0.06, {"lr": [0.01, 0.03, 1.0], "loss": [2.0, 1.0, 3.0],
-                                   "smoothed_loss": [2.0, 1.5, 2.0]}, "A doubt. An advice")
+                                   "smoothed_loss": [2.0, 1.5, 2.0]},
+                    "the loss of the sweep never rose. An advice")
 
 
 @pytest.fixture
@@ -2327,6 +2163,7 @@ def sweeps(monkeypatch):
 
     def find_rates(run, on_step):
         seeds.append(run.seed)
+        warnings.warn(FOUND.note)
         return FOUND
 
     monkeypatch.setattr(train, "find_rates", find_rates)
@@ -2392,45 +2229,25 @@ def test_a_run_interrupted_in_an_epoch_ends_bit_for_bit_as_an_undisturbed_one(
     assert same_state(saved_state("interrupted.pt"), saved_state("undisturbed.pt"))
 
 
-class StoppedProcess:
-    """The script in a process of its own, stopped by a signal after an epoch."""
-
-    def __init__(self, workplace, number, epoch, *arguments):
-        process = workplace.start(*arguments)
-        lines = itertools.takewhile(lambda line: not line.startswith(f"{epoch:5} "),
-                                    process.stdout)
-        before = "".join(lines)
-        process.send_signal(number)
-        after, self.errors = process.communicate(timeout=120)
-        self.screen = before + after
-        self.code = process.returncode
-        self.report = workplace.report()
-        self.epochs = len(self.report["epochs"])
-
-    def resumed_after(self, name):
-        """Return the epoch after which the process continued, or None."""
-        match = re.search(f"resumed  {name} after epoch (\\d+) of 7\n", self.screen)
-        return match and int(match[1])
+def kill_after_epoch(process, epoch):
+    """Kill a process that trains, once it has printed the row of an epoch."""
+    for line in process.stdout:
+        if line.startswith(f"{epoch:5} "):
+            break
+    process.kill()
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
 
 
-def test_a_process_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(workplace):
-    command = ["--subset", 5, "--batch-size", 5, "--epochs", 7, *RATES, "--checkpoint"]
-    shown = r"z\\xe4h.pt"  # the process has an output without an ä
-    interrupted = StoppedProcess(workplace, signal.SIGINT, 2, *command, "zäh.pt")
-    assert interrupted.code == 130
-    assert interrupted.errors == "\ninterrupted\n"
-    assert interrupted.report["summary"]["status"] == "interrupted"
-    assert interrupted.resumed_after(shown) is None
-
-    killed = StoppedProcess(workplace, signal.SIGKILL, interrupted.epochs + 1,
-                            *command, "zäh.pt")
-    assert killed.code == -signal.SIGKILL
-    assert killed.report["summary"]["status"] == "running"
-    # The report is written before the checkpoint, so it may have an epoch more.
-    assert interrupted.epochs - killed.resumed_after(shown) in (0, 1)
-    assert killed.epochs < 7
-
+def test_a_run_whose_process_was_killed_ends_as_an_undisturbed_one(workplace, capsys):
+    command = ["--subset", 5, "--batch-size", 5, "--epochs", 5, *RATES, "--checkpoint"]
+    process = workplace.start(*command, "zäh.pt")  # its output has no ä
+    kill_after_epoch(process, 2)
+    report = workplace.report()
+    assert report["summary"]["status"] == "running"
+    assert 1 <= len(report["epochs"]) < 5  # it is written after the row
     resumed = workplace.run(*command, "zäh.pt")
+    assert "resumed  zäh.pt after epoch " in capsys.readouterr().out
     undisturbed = workplace.run(*command, "undisturbed.pt")
     assert lasting_part(resumed) == lasting_part(undisturbed)
     assert same_state(saved_state("zäh.pt"), saved_state("undisturbed.pt"))
@@ -2457,7 +2274,7 @@ def usual_signals():
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("arguments, how_to_continue", [
-    ([], r".*cannot be continued.*--checkpoint FILE.*"),
+    ([], r" +to be able to continue a run, start it with --checkpoint FILE"),
     (["--checkpoint", "run.pt"], r".*the same command continues from run\.pt")])
 def test_a_stopped_run_says_where_its_epochs_are_and_how_to_continue(
         quick_workplace, monkeypatch, capsys, usual_signals, number, code, arguments,
@@ -2478,35 +2295,35 @@ def test_a_run_that_is_stopped_in_the_sweep_says_that_it_begins_anew(
     assert "the same command begins anew" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_trained_again(quick_workplace, monkeypatch):
-    command = ["--epochs", 2, "--checkpoint", "run.pt", *RATES]
+def test_a_finished_run_does_not_sweep_or_train_again(quick_workplace, sweeps, monkeypatch):
+    command = ["--epochs", 2, "--checkpoint", "run.pt"]
     finished = quick_workplace.run(*command)
     forbid_steps(monkeypatch)
     again = quick_workplace.run(*command)
+    assert sweeps == [0]
     assert lasting_part(again) == lasting_part(finished)
+    assert again["lr_sweep"] == FOUND.sweep
     assert again["summary"]["status"] == "complete"
 
 
-def test_a_continued_run_takes_its_rates_from_the_checkpoint(quick_workplace, sweeps):
-    first = quick_workplace.run("--epochs", 1, "--checkpoint", "run.pt")
-    second = quick_workplace.run("--epochs", 1, "--checkpoint", "run.pt")
-    assert sweeps == [0]
-    assert second["rates"] == first["rates"]
-    assert second["lr_sweep"] == first["lr_sweep"] == FOUND.sweep
-
-
 def test_a_continued_run_says_where_it_began_and_where_it_went_on(
-        quick_workplace, monkeypatch):
-    command = ["--epochs", 3, "--checkpoint", "run.pt", *RATES]
+        quick_workplace, monkeypatch, capsys):
+    command = ["--epochs", 3, "--checkpoint", "run.pt", "--precision", "fp32", *RATES]
+
+    describe_environment = train.describe_environment
 
     def run_at(commit):
-        monkeypatch.setattr(train, "script_commit", lambda: commit)
+        monkeypatch.setattr(
+            train, "describe_environment",
+            lambda run: {**describe_environment(run), "commit": commit, "torch": commit})
         return quick_workplace.run(*command)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         before_steps(patch, {5: raiser(KeyboardInterrupt)})
         run_at("first")
+    capsys.readouterr()
     run_at("second")
+    assert "fp32, PyTorch second\n" in capsys.readouterr().out
     report = run_at("third")  # has nothing left to train
     assert report["environment"]["commit"] == "first"
     assert [later["commit"] for later in report["continued_in"]] == ["second"]
@@ -2536,7 +2353,6 @@ def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
     (["--holdout", 10], "train_images 100, not 90; test_images 20, not 10; "
                         "evaluated_on test images, not held-out training images"),
     (["--cutout", 3], "cutout 8, not 3"),
-    (["--optimizer", "muon"], "optimizer adam, not muon"),
     (["--recipe", "fast"], "optimizer adam, not muon; ema_epochs 0.5, not 0.25; "
                            "padding 4, not 2; cutout 8, not 0"),
     (["--lr-max", 0.02], "lr_max 0.01, not 0.02"),
@@ -2567,26 +2383,11 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def take_weights_out(path):
-    saved = torch.load(path, weights_only=True)
-    saved["run"]["averaged"] = None
-    torch.save(saved, path)
-
-
-def replace_by_text(path):
-    path.write_text("a text")
-
-
-def replace_by_weights(path):
-    torch.save({"weights": {"0.weight": torch.zeros(8, 3, 3, 3)}}, path)
-
-
 def replace_by_network(path):
     torch.save(nn.Linear(2, 2), path)  # PyTorch refuses it with a page of text
 
 
-@pytest.mark.parametrize("damage", [cut_off, take_weights_out, replace_by_text,
-                                    replace_by_weights, replace_by_network])
+@pytest.mark.parametrize("damage", [cut_off, replace_by_network])
 def test_what_is_no_checkpoint_is_refused_and_left_as_it_is(quick_workplace, damage):
     command = ["--checkpoint", "run.pt", "--epochs", 1, *RATES]
     quick_workplace.run(*command)
@@ -2596,6 +2397,16 @@ def test_what_is_no_checkpoint_is_refused_and_left_as_it_is(quick_workplace, dam
     assert re.fullmatch(r"run\.pt is not a readable checkpoint \(\w+\)\.\n"
                         r"Delete it or choose another --checkpoint\.", message)
     assert Path("run.pt").read_bytes() == damaged
+
+
+def test_a_checkpoint_of_a_network_that_was_changed_since_is_not_called_damaged(
+        quick_workplace, monkeypatch):
+    command = ["--checkpoint", "run.pt", "--epochs", 1, *RATES]
+    quick_workplace.run(*command)
+    monkeypatch.setattr(train, "ResNet", SmallResNet)
+    assert quick_workplace.fail(*command) == (
+        "run.pt does not fit the network or the optimizer.\n"
+        "If you changed the code since, undo that, or choose another --checkpoint.")
 
 
 def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_damaged(
@@ -2620,14 +2431,6 @@ def test_no_epochs_find_the_rates_and_stop(quick_workplace, sweeps, capsys, monk
     assert "final" not in screen
 
 
-def test_no_epochs_twice_do_not_say_epoch_0_of_0(quick_workplace, sweeps, capsys):
-    command = ["--epochs", 0, "--checkpoint", "run.pt"]
-    quick_workplace.run(*command)
-    quick_workplace.run(*command)
-    assert sweeps == [0]
-    assert "0 of 0" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("arguments, expected", [
     ([], [0.06, "sweep", 0.0002, "lr_max"]),
     (["--lr-min", 1e-9], [0.06, "sweep", 1e-9, "given"]),
@@ -2641,22 +2444,6 @@ def test_the_report_says_where_the_rates_are_from(
     if "--lr-max" in arguments:
         assert sweeps == []
         assert report["lr_sweep"] is None
-
-
-def test_who_reads_during_a_write_sees_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"first")
-    write_bytes = Path.write_bytes
-    seen = []
-
-    def write_and_look(temporary, content):
-        write_bytes(temporary, content)
-        seen.append(path.read_bytes())
-
-    monkeypatch.setattr(Path, "write_bytes", write_and_look)
-    train.write_file(path, lambda file: file.write(b"second"))
-    assert seen == [b"first"]
-    assert path.read_bytes() == b"second"
 
 
 def test_a_broken_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -2682,27 +2469,21 @@ def test_a_write_through_a_link_keeps_the_link(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_a_write_makes_the_folders_that_it_needs(tmp_path):
-    train.write_file(tmp_path / "new" / "newer" / "file", lambda file: file.write(b"content"))
-    assert (tmp_path / "new" / "newer" / "file").read_bytes() == b"content"
-
-
 def test_trying_whether_a_file_can_be_written_changes_no_file(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
-    train.check_writable(tmp_path / "file")
-    train.check_writable(tmp_path / "new")
+    train.write_file(tmp_path / "file")
+    train.write_file(tmp_path / "new")
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_a_full_disk_is_answered_with_space_and_not_with_another_file(tmp_path, monkeypatch):
-    number = train.errno.ENOSPC
-    full = OSError(number, os.strerror(number))
+def test_a_full_disk_ends_in_a_sentence(tmp_path, monkeypatch):
+    full = OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", raiser(full))
     with pytest.raises(train.UserError) as error:
         train.write_file(tmp_path / "file", lambda file: file.write(b"content"))
-    assert re.fullmatch(r"cannot write \S+/file \(\[Errno \d+\] No space left on device\)\.\n"
-                        r"Free some space on the disk\.", str(error.value))
+    assert re.fullmatch(r"cannot write \S+/file \(\[Errno 28\] No space left on device\)\.\n"
+                        r"Free some space, or choose another file\.", str(error.value))
 
 
 @pytest.mark.parametrize("place", ["file/run", "folder", "pipe", "link"])
@@ -2712,27 +2493,20 @@ def test_a_place_that_is_not_a_file_is_refused_and_stays(tmp_path, monkeypatch, 
     Path("folder").mkdir()
     os.mkfifo("pipe")
     os.symlink("pipe", "link")
-    with pytest.raises(train.UserError) as error:
-        train.check_writable(place)
-    assert re.fullmatch(rf"cannot write {place} \(.+\)\.\nChoose another file\.",
-                        str(error.value))
+    with pytest.raises(train.UserError, match=rf"^cannot write {place} \(.+\)\."):
+        train.write_file(place)
     assert Path("pipe").is_fifo()
     assert Path("link").is_symlink()
 
 
 @pytest.mark.parametrize("option", ["--output", "--checkpoint", "--weights"])
-def test_a_file_that_cannot_be_written_is_named_before_a_step_is_taken(
+def test_a_file_that_cannot_be_written_is_named_before_anything_changes(
         quick_workplace, monkeypatch, option):
+    Path("run.json").write_text("an earlier report")
     forbid_steps(monkeypatch)
     message = quick_workplace.fail("--epochs", 1, option, "data")  # a folder
     assert message.startswith("cannot write data (")
-
-
-@pytest.mark.parametrize("option", ["--checkpoint", "--weights"])
-def test_a_refused_place_leaves_the_report_of_an_earlier_run(quick_workplace, option):
-    before = quick_workplace.run("--epochs", 1, *RATES)
-    quick_workplace.fail("--epochs", 1, *RATES, option, "data")
-    assert quick_workplace.report() == before
+    assert Path("run.json").read_text() == "an earlier report"
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.pt"])
@@ -2747,29 +2521,22 @@ def test_a_write_that_fails_on_the_way_costs_a_warning(
     assert capsys.readouterr().out.count(f"warning  cannot write {name} (") == 1
 
 
-@pytest.mark.parametrize("name, arguments", [
-    ("run.json", []),
-    ("run.pt", ["--checkpoint", "run.pt"]),
-    ("weights.pt", ["--weights", "weights.pt"])])
-def test_a_write_that_fails_at_the_end_fails_the_run_after_the_result_was_shown(
-        quick_workplace, monkeypatch, capsys, usual_signals, name, arguments):
+FILES_OF_A_RUN = ["run.json", "run.pt", "weights.pt"]
+
+
+@pytest.mark.parametrize("name", FILES_OF_A_RUN)
+def test_a_write_that_fails_at_the_end_fails_the_run_but_costs_nothing_else(
+        quick_workplace, monkeypatch, capsys, usual_signals, name):
     before_steps(monkeypatch, {3: lambda: put_folder_at(name)})  # from the second epoch on
-    message = run_as_process(monkeypatch, *arguments)  # Python prints it and exits with 1
-    assert message.startswith(f"error: cannot write {name} (")
+    message = run_as_process(monkeypatch, "--checkpoint", "run.pt", "--weights", "weights.pt")
+    assert message.startswith(f"error: cannot write {name} (")  # Python exits with 1
     assert re.search(r"\nfinal    \d+\.\d\d% of the test images", capsys.readouterr().out)
+    for other in set(FILES_OF_A_RUN) - {name}:
+        assert Path(other).is_file()
     if name != "run.json":
         report = quick_workplace.report()
         assert report["summary"]["status"] == "complete"
         assert report["summary"]["final_test_accuracy"] == report["epochs"][2]["test_accuracy"]
-
-
-def test_a_file_that_cannot_be_written_at_the_end_does_not_cost_the_others(
-        quick_workplace, monkeypatch):
-    before_steps(monkeypatch, {1: lambda: put_folder_at("run.pt")})
-    quick_workplace.fail("--epochs", 1, "--checkpoint", "run.pt", "--weights", "weights.pt",
-                         *RATES)
-    assert Path("weights.pt").is_file()
-    assert quick_workplace.report()["summary"]["status"] == "complete"
 
 
 @pytest.fixture(scope="module")
@@ -2780,14 +2547,10 @@ def weights_and_run(tmp_path_factory):
     run = small_run(recipe)
     list(train.train_epochs(run, STEP_RATES))
     train.save_weights(path, run, CLASSES)
+    saved = torch.load(path, weights_only=True)
+    saved["recipe"]["mixup"] = 0.5  # a constant of other code does not matter
+    torch.save(saved, path)
     return path, run
-
-
-def test_loaded_weights_are_the_averaged_ones(weights_and_run):
-    path, run = weights_and_run
-    model = train.load_weights(path)[0]
-    assert same_state(model.state_dict(), run.averaged.state_dict())
-    assert not same_state(model.state_dict(), run.model.state_dict())
 
 
 def test_a_loaded_network_classifies_images_without_the_run(weights_and_run):
@@ -2814,10 +2577,10 @@ def test_the_weights_for_a_hundred_classes_are_saved_and_loaded(tmp_path):
     split = train.Split(random_split(8).images, torch.arange(92, 100))
     run = train.start_run(Recipe(batch_size=4), split, split, device="cpu",
                           precision="fp32", num_classes=100)
-    names = [f"class {number}" for number in range(100)]
+    names = np.array([f"class {number}" for number in range(100)])
     train.save_weights(tmp_path / "weights.pt", run, names)
     model, mean, std, classes = train.load_weights(tmp_path / "weights.pt")
-    assert classes == names
+    assert classes == names.tolist()
     assert model(train.normalize_images(split.images, mean, std)).shape == (8, 100)
 
 
@@ -2837,18 +2600,10 @@ def test_a_network_that_was_given_to_a_run_keeps_the_scale_of_its_logits(tmp_pat
     assert train.load_weights(tmp_path / "weights.pt")[0].logit_scale == 1
 
 
-def test_weights_of_a_recipe_with_a_constant_of_older_code_are_loaded(
-        weights_and_run, tmp_path):
-    saved = torch.load(weights_and_run[0], weights_only=True)
-    saved["recipe"]["mixup"] = 0.5
-    torch.save(saved, tmp_path / "older.pt")
-    assert train.load_weights(tmp_path / "older.pt")[0].logit_scale == 0.25
-
-
-def test_names_of_classes_from_numpy_are_loaded_again(tmp_path):
-    names = np.array(list("abcdefghij"))
-    train.save_weights(tmp_path / "weights.pt", small_run(), names)
-    assert train.load_weights(tmp_path / "weights.pt")[3] == list("abcdefghij")
+def test_the_weights_of_another_network_are_not_saved(tmp_path):
+    run = small_run(model=linear_network)
+    with pytest.raises(ValueError, match="^save_weights is for the built-in network"):
+        train.save_weights(tmp_path / "weights.pt", run, CLASSES)
 
 
 # ---- A run and what it writes -----------------------------------------------------------
@@ -2916,8 +2671,6 @@ def test_the_report_has_the_environment(finished_run):
     assert set(environment) == {
         "date", "commit", "system", "python", "torch", "torchvision", "numpy", "cudnn",
         "device", "device_name", "precision", "threads"}
-    assert datetime.fromisoformat(environment["date"]) < datetime.now().astimezone()
-    assert environment["commit"] == train.script_commit()
     assert environment["torch"] == str(torch.__version__)
     assert environment["device"] == "cpu"
     assert environment["precision"] == "fp32"
@@ -2937,27 +2690,11 @@ def test_the_report_describes_data_and_network(finished_run):
 def test_the_report_has_the_sweep_and_the_rates_that_it_gave(finished_run):
     rates = finished_run.report["rates"]
     sweep = finished_run.report["lr_sweep"]
-    steps = len(sweep["lr"])
-    assert steps <= 120
-    assert len(sweep["loss"]) == len(sweep["smoothed_loss"]) == steps
-    np.testing.assert_allclose(sweep["lr"], np.geomspace(1e-6, 1, 120)[:steps])
+    assert len(sweep["lr"]) == len(sweep["loss"]) == len(sweep["smoothed_loss"]) > 40
     assert rates["lr_max_from"] == "sweep"
-    found = train.read_sweep(sweep["lr"], sweep["smoothed_loss"], 6)  # two epochs of 3 steps
-    assert (rates["lr_min"], rates["lr_max"]) == found
-    assert rates["lr_min"] == pytest.approx(rates["lr_max"] / 300)
     assert rates["note"] is None
     # An epoch has three steps, and decay takes at least 100 steps.
     assert rates["weight_decay"] == pytest.approx(1 / (100 * rates["lr_max"]))
-
-
-def test_the_optimizer_has_the_constants_that_the_report_names(finished_run):
-    saved = torch.load(finished_run.folder / "results" / "run.pt", weights_only=True)
-    matrices, vectors = saved["run"]["optimizer"]["param_groups"]
-    assert matrices["weight_decay"] == finished_run.report["rates"]["weight_decay"]
-    assert vectors["weight_decay"] == 0
-    for group in (matrices, vectors):
-        assert group["eps"] == 0.02
-        assert group["betas"][1] == 0.98
 
 
 def test_the_report_has_a_row_for_each_epoch(finished_run):
@@ -3026,29 +2763,6 @@ def test_the_screen_begins_with_what_is_run(finished_run):
         "report   results/run.json\n")
 
 
-def test_the_screen_says_how_long_the_sweep_took_and_what_it_found(finished_run):
-    report = finished_run.report
-    steps = len(report["lr_sweep"]["lr"])
-    seconds = report["summary"]["sweep_seconds"]
-    rates = report["rates"]
-    assert f"\nsweep    {steps} steps in {seconds:.1f} s\n" in finished_run.screen
-    assert (f"\nrates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g} "
-            f"at epoch 0.417 of 2, weight decay {rates['weight_decay']:.3g}\n"
-            ) in finished_run.screen
-
-
-def test_the_table_on_the_screen_shows_the_rows_of_the_report(finished_run):
-    rows = finished_run.report["epochs"]
-    lines = re.findall(r"^ +\d .*$", finished_run.screen, re.MULTILINE)
-    for line, row in zip(lines, rows, strict=True):
-        assert line.split() == [
-            f"{row['epoch']}", f"{row['lr']:.2g}",
-            f"{row['train_loss']:.4g}", f"{row['train_accuracy']:.2%}",
-            f"{row['test_loss']:.4g}", f"{row['test_accuracy']:.2%}",
-            f"{row['train_seconds']:.1f}", f"{row['images_per_second']:,.0f}",
-            f"{row['elapsed_seconds']:.1f}"]
-
-
 def test_the_table_keeps_its_columns_apart_within_80_characters():
     row = {"epoch": 1000, "lr": 1.25e-5, "train_loss": 123.456, "train_accuracy": 1.0,
            "test_loss": 0.91694, "test_accuracy": 1.0, "train_seconds": 1234.5,
@@ -3077,61 +2791,32 @@ def test_a_screen_that_is_no_terminal_gets_no_status_line(finished_run):
     assert "left" not in finished_run.screen
 
 
-def test_the_screen_says_when_a_goal_was_reached(quick_workplace, monkeypatch, capsys):
-    accuracies = iter([0.85, 0.93, 0.95, 0.95])  # of three epochs and with TTA
-
-    def evaluate(run, tta=False):
-        return {"test_loss": 1.0, "test_accuracy": next(accuracies), "test_seconds": 0.0}
-
-    monkeypatch.setattr(train, "evaluate_run", evaluate)
-    report = quick_workplace.run("--epochs", 3, *RATES)
-    seconds = [row["elapsed_seconds"] for row in report["epochs"]]
-    assert capsys.readouterr().out.endswith(
-        f"\nto 90%   epoch 2, {seconds[1]:.1f} s without sweep and tests\n"
-        f"to 94%   epoch 3, {seconds[2]:.1f} s without sweep and tests\n")
-
-
 # Several seeds: --runs.
 
-def test_several_seeds_write_files_of_their_own_and_return_a_list(quick_workplace):
+def test_several_seeds_write_files_of_their_own_and_are_the_runs_of_these_seeds_alone(
+        quick_workplace, monkeypatch, capsys):
+    # Dropout's random numbers do not follow from the seed.
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     reports = train.main([*SMALL, *REPORT, *RATES, "--epochs", 1, "--runs", 2, "--seed", 4,
                           "--checkpoint", "run.pt", "--weights", "weights.v1"])
+    assert "\n2 runs   mean" in capsys.readouterr().out
     assert [report["config"]["options"]["seed"] for report in reports] == [4, 5]
     for report, seed in zip(reports, (4, 5), strict=True):
         assert report == quick_workplace.report(f"run-seed{seed}.json")
         assert saved_state(f"run-seed{seed}.pt")["seed"] == seed
         assert Path(f"weights.v1-seed{seed}").is_file()
-    losses = [report["epochs"][0]["train_loss"] for report in reports]
-    assert losses[0] != losses[1]
-
-
-def test_a_seed_of_several_is_the_run_of_this_seed_alone(quick_workplace, monkeypatch):
-    # Dropout's random numbers do not follow from the seed.
-    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
-    reports = train.main([*SMALL, *REPORT, *RATES, "--epochs", 1, "--runs", 2])
-    alone = quick_workplace.run("--epochs", 1, *RATES, "--seed", 1)
+    assert lasting_part(reports[0]) != lasting_part(reports[1])
+    alone = quick_workplace.run("--epochs", 1, *RATES, "--seed", 5)
     assert lasting_part(reports[1]) == lasting_part(alone)
 
 
-def test_several_seeds_end_with_mean_and_spread_of_their_accuracies(
-        quick_workplace, monkeypatch, capsys):
-    accuracies = {4: 0.92, 5: 0.94, 6: 0.951}
-
-    def evaluate(run, tta=False):
-        return {"test_loss": 1.0, "test_accuracy": accuracies[run.seed], "test_seconds": 0.0}
-
-    monkeypatch.setattr(train, "evaluate_run", evaluate)
-    train.main([*SMALL, *REPORT, *RATES, "--epochs", 1, "--runs", 3, "--seed", 4])
-    values = list(accuracies.values())
-    deviation = np.std(values, ddof=1)
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"3 runs   mean {np.mean(values):.2%}, standard deviation {deviation:.2%}, "
-        f"standard error {deviation / 3 ** 0.5:.2%}, 2 at 94% or more")
-
-
-def test_several_seeds_far_from_94_percent_do_not_speak_of_it(capsys):
-    train.print_runs([0.5, 0.6])
-    assert "94%" not in capsys.readouterr().out
+@pytest.mark.parametrize("accuracies, line", [
+    ([0.92, 0.94, 0.951], "3 runs   mean 93.70%, standard deviation 1.57%, "
+                          "standard error 0.91%, 2 at 94% or more"),
+    ([0.5, 0.6], "2 runs   mean 55.00%, standard deviation 7.07%, standard error 5.00%")])
+def test_several_seeds_end_with_mean_and_spread_of_their_accuracies(capsys, accuracies, line):
+    train.print_runs(accuracies)
+    assert capsys.readouterr().out == f"{line}\n"
 
 
 def test_several_seeds_without_epochs_have_no_mean(quick_workplace, capsys):
@@ -3151,13 +2836,14 @@ def test_a_seed_that_diverges_ends_the_run_with_advice(quick_workplace, monkeypa
         return torch.tensor(math.inf) if is_second_of_its_seed else loss, correct
 
     monkeypatch.setattr(train, "train_step", step)
-    message = quick_workplace.fail(
-        "--epochs", 2, "--runs", 3, "--seed", 4, *RATES, "--batch-size", 25)
+    message = quick_workplace.fail("--epochs", 2, "--runs", 3, "--seed", 4, *RATES,
+                                   "--batch-size", 25, "--checkpoint", "run.pt")
     assert message == ("the loss became NaN or infinite in epoch 1.\nTry a lower LRMAX "
                        "(--lr-max) or full precision (--precision fp32).")
     assert seeds == [4] * 8 + [5] * 4  # two epochs of four steps, then one
     assert quick_workplace.report("run-seed4.json")["summary"]["status"] == "complete"
     assert quick_workplace.report("run-seed5.json")["summary"]["status"] == "diverged"
+    assert saved_state("run-seed5.pt")["epoch"] == 0  # the last state without NaN
     assert not Path("run-seed6.json").exists()
 
 
@@ -3176,28 +2862,27 @@ def test_interrupted_seeds_continue_with_the_seed_that_was_interrupted(
 
 # Names of files.
 
-@pytest.mark.parametrize("stem, ending", [
-    ("run", ".json"), ("run", ".pt"), ("lr0.02", ""), ("lr0.02", ".pt"),
-    ("folder.v1/run", ""), ("folder.v1/run", ".json")])
-def test_only_the_endings_of_reports_and_checkpoints_are_taken_off(stem, ending):
-    assert train.split_ending(stem + ending) == (stem, ending)
-
-
 def test_the_report_is_named_after_the_checkpoint():
     options = train.parse_arguments(["--checkpoint", "folder/lr0.02.pt"])[1]
     assert options.output == "folder/lr0.02.json"
 
 
-def test_figures_are_named_after_the_report():
-    assert train.figure_path("folder/lr0.02.json", "curves") == Path("folder/lr0.02-curves.png")
+def test_two_reports_without_a_name_are_different_new_files():
+    names = {train.parse_arguments([])[1].output for _ in range(2)}
+    assert len(names) == 2
+    for name in names:
+        assert re.fullmatch(r"results/\d{8}-\d{6}-\d{6}\.json", name)
 
 
-@pytest.mark.parametrize("name, name_of_seed", [
-    ("acc.v1", "acc.v1-seed0"), ("/tmp/run.json", "/tmp/run-seed0.json"),
-    ("folder//lr0.02.pt", "folder/lr0.02-seed0.pt")])
-def test_files_of_a_seed_are_named_after_it(name, name_of_seed):
-    _, options = train.parse_arguments(["--runs", 2, "--output", name])
-    assert Path(train.options_of_seed(options, 0).output) == Path(name_of_seed)
+@pytest.mark.parametrize("runs, name, name_of_seed", [
+    (2, "acc.v1", "acc.v1-seed3"), (2, "/tmp/run.json", "/tmp/run-seed3.json"),
+    (2, "folder//lr0.02.pt", "folder/lr0.02-seed3.pt"),
+    (2, "folder.v1/run", "folder.v1/run-seed3"), (1, "acc.v1", "acc.v1")])
+def test_files_of_a_seed_are_named_after_it_if_there_are_several(runs, name, name_of_seed):
+    _, options = train.parse_arguments(["--runs", runs, "--output", name])
+    of_seed = train.options_of_seed(options, 3)
+    assert Path(of_seed.output) == Path(name_of_seed)
+    assert of_seed.seed == 3
 
 
 @pytest.mark.parametrize("option", ["data-dir", "output", "checkpoint", "weights"])
@@ -3205,14 +2890,6 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, option):
     monkeypatch.setenv("HOME", "/home/me")
     _, options = train.parse_arguments([f"--{option}=~/here"])
     assert getattr(options, option.replace("-", "_")) == "/home/me/here"
-
-
-def test_a_single_run_keeps_the_names_that_were_given():
-    _, options = train.parse_arguments(["--output", "acc.v1", "--weights", "./w.pt"])
-    of_seed = train.options_of_seed(options, 3)
-    assert of_seed.output == "acc.v1"
-    assert of_seed.weights == "./w.pt"
-    assert of_seed.seed == 3
 
 
 # Figures.
@@ -3236,21 +2913,13 @@ def test_a_run_that_is_interrupted_draws_its_curves(quick_workplace, sweeps, mon
     assert pictures() == {"run-sweep.png", "run-curves.png"}
 
 
+@pytest.mark.filterwarnings("error")  # on the screen, it is no warning, too
 def test_a_doubt_about_the_sweep_is_on_the_screen_and_in_the_report(
         quick_workplace, sweeps, capsys):
     report = quick_workplace.run("--epochs", 1)
-    assert report["rates"]["note"] == "A doubt. An advice"
-    assert "\nnote     A doubt.\n         An advice\n" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("error")
-def test_on_the_screen_a_doubt_is_no_warning_too(quick_workplace, monkeypatch):
-    def find_rates(run, on_step):
-        warnings.warn("the loss of the sweep never rose, so LRMAX is uncertain")
-        return FOUND
-
-    monkeypatch.setattr(train, "find_rates", find_rates)
-    assert quick_workplace.run("--epochs", 1)["summary"]["status"] == "complete"
+    assert report["rates"]["note"] == FOUND.note
+    assert ("\nnote     the loss of the sweep never rose.\n         An advice\n"
+            in capsys.readouterr().out)
 
 
 def test_a_run_removes_the_figures_of_an_earlier_one_and_no_others(quick_workplace):
@@ -3327,15 +2996,6 @@ def test_the_goal_is_drawn_when_it_is_near(figure, finished_run, accuracy, is_dr
     report["epochs"][-1]["test_accuracy"] = accuracy
     train.plot_curves(figure, report)
     assert (([0, 1], [0.94, 0.94]) in lines_of(figure.axes[1])) == is_drawn
-
-
-def test_figures_show_images_as_they_were_before_normalization(figure):
-    run = small_run(model=DropoutNetwork)
-    train.plot_images(figure, run, run.test.images, CLASSES[:8], 4, "title")
-    images = random_split(8).images.permute(0, 2, 3, 1)
-    for axes, image, caption in zip(figure.axes, images, CLASSES[:8], strict=True):
-        np.testing.assert_array_equal(axes.images[0].get_array(), image)
-        assert axes.get_title() == caption
 
 
 def test_the_figure_of_misclassified_images_shows_them_with_both_classes(figure):
@@ -3422,26 +3082,17 @@ def set_clock(monkeypatch, *seconds):
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=iter(seconds).__next__))
 
 
-def test_the_status_line_begins_with_the_time_left(monkeypatch, capsys):
+@pytest.mark.parametrize("sweeping, line", [
+    # Two steps took four seconds. Seven steps are left of this epoch, ten of the last one.
+    (False, "0:00:34 left, epoch 2, step 3 of 10, loss 2.000, 256 images/s"),
+    (True, "0:00:14 left, sweep, step 3 of 10, loss 2.000, 256 images/s")])
+def test_the_status_line_begins_with_the_time_left(monkeypatch, capsys, sweeping, line):
     print_on_terminal(monkeypatch)
     set_clock(monkeypatch, 0.0, 10.0, 10.5, 14.0)
     run = SimpleNamespace(recipe=Recipe(epochs=3, batch_size=512), epoch=1)
-    on_step = train.show_progress(run)
+    on_step = train.show_progress(run, sweeping)
     for step in (1, 2, 3):
         on_step(step, 10, 0.1, torch.tensor(2.0))
-    # Two steps took four seconds. Seven steps are left of this epoch, ten of the last one.
-    line = "0:34 left, epoch 2, step 3 of 10, loss 2.000, 256 images/s"
-    assert capsys.readouterr().out.endswith(f"\r{line:<79}\r")
-
-
-def test_the_status_line_of_the_sweep_has_no_epoch(monkeypatch, capsys):
-    print_on_terminal(monkeypatch)
-    set_clock(monkeypatch, 0.0, 10.0, 14.0)
-    run = SimpleNamespace(recipe=Recipe(epochs=3, batch_size=512), epoch=0)
-    on_step = train.show_progress(run, sweeping=True)
-    on_step(1, 200, 0.1, torch.tensor(2.0))
-    on_step(2, 200, 0.1, torch.tensor(2.0))
-    line = "13:12 left, sweep, step 2 of 200, loss 2.000, 128 images/s"
     assert capsys.readouterr().out.endswith(f"\r{line:<79}\r")
 
 
@@ -3455,47 +3106,20 @@ def test_the_status_line_appears_at_most_once_a_second(monkeypatch, capsys):
     assert capsys.readouterr().out.count(" left, ") == 3  # at 1.2, 2.4 and 3.6 seconds
 
 
-def test_the_status_line_with_large_numbers_fits_80_columns(monkeypatch, capsys):
-    print_on_terminal(monkeypatch)
-    set_clock(monkeypatch, 0.0, 10.0, 11.92)
-    run = SimpleNamespace(recipe=Recipe(epochs=10_000, batch_size=32), epoch=999)
-    on_step = train.show_progress(run)
-    on_step(1, 12_500, 0.1, torch.tensor(12.3456))
-    on_step(12_001, 12_500, 0.1, torch.tensor(12.3456))
-    # 12,000 steps took 1.92 seconds. 499 + 9000 * 12,500 steps are left.
-    line = "5:00:00 left, epoch 1000, step 12001 of 12500, loss 12.346, 200,000 images/s"
-    assert capsys.readouterr().out.endswith(f"\r{line:<79}\r")
-
-
-def test_a_status_line_is_cut_where_the_terminal_ends(monkeypatch, capsys):
+def test_a_status_line_is_cut_where_the_terminal_ends_and_hides_the_one_before(
+        monkeypatch, capsys):
     print_on_terminal(monkeypatch, columns=30)
-    train.show_status("0:34 left, epoch 2, step 3 of 10, loss 2.000")
-    assert capsys.readouterr().out == "\r0:34 left, epoch 2, step 3 of\r"
-
-
-def test_a_status_line_hides_the_longer_one_before(monkeypatch, capsys):
-    print_on_terminal(monkeypatch)
-    train.show_status("a" * 79)
-    train.show_status("b")
-    assert capsys.readouterr().out.split("\r")[3] == "b" + 78 * " "
-
-
-def test_an_output_that_cannot_tell_whether_it_is_a_terminal_gets_no_status_line(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=pytest.fail))
-    train.show_status("nothing")
+    train.show_status("0:00:34 left, epoch 2, step 3 of 10, loss 2.000")
+    train.show_status("short")
+    assert capsys.readouterr().out == (
+        "\r0:00:34 left, epoch 2, step 3\r"
+        "\rshort                        \r")
 
 
 def test_a_notebook_gets_the_status_line(monkeypatch, capsys):
     monkeypatch.setattr(train, "IN_NOTEBOOK", True)
     train.show_status("epoch 1")
     assert capsys.readouterr().out.startswith("\repoch 1 ")
-
-
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"),
-    (3599.7, "1:00:00"), (3723, "1:02:03"), (360_000, "100:00:00")])
-def test_a_time_is_written_in_hours_if_need_be(seconds, text):
-    assert train.clock_time(seconds) == text
 
 
 # ---- Options ---------------------------------------------------------------------------
@@ -3527,12 +3151,6 @@ def test_the_help_shows_a_default_and_those_of_all_recipes_if_they_differ(
         recipe_help, option, default):
     line = rf"^  {option} .*\(default: {re.escape(default)}\)$"
     assert re.search(line, recipe_help, re.MULTILINE)
-
-
-def test_the_help_lists_each_constant_of_the_recipe(recipe_help):
-    listed = re.findall(r"^  --(\S+) ", recipe_help, re.MULTILINE)
-    fields = [field.name.replace("_", "-") for field in dataclasses.fields(Recipe)]
-    assert listed == fields
 
 
 def another_value(field):
@@ -3571,27 +3189,24 @@ def test_an_option_may_be_typed_with_underscores():
     assert options.output == "a_b.json"
 
 
-SAME_FILES = "output, checkpoint and weights must be different files"
-
-
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--batch-size 99 --subset 50", "--batch-size must be an integer from 2 to 50, got 99"),
-    ("--epochs -1", "--epochs must be an integer from 0 to 100000, got -1"),
-    ("--seed -1", "--seed must be an integer from 0 to 4294967295, got -1"),
-    ("--runs 0", "--runs must be an integer from 1 to 1000, got 0"),
-    ("--subset 4", "--subset must be an integer from 5 to 50000, got 4"),
-    ("--subset 9 --holdout 8", "--holdout must be an integer from 0 to 7, got 8"),
-    ("--lr-max 0", "--lr-max must be a number from 1e-30 to 1e+30, got 0.0"),
-    ("--lr-max nan", "--lr-max must be a number from 1e-30 to 1e+30, got nan"),
-    ("--lr-min 0.1 --lr-max 0.01", "--lr-min must be a number from 1e-30 to 0.01, got 0.1"),
+    ("--batch-size 99 --subset 50", "batch_size must be an integer from 2 to 50, got 99"),
+    ("--epochs -1", "epochs must be an integer from 0 to 100000, got -1"),
+    ("--seed -1", "seed must be an integer from 0 to 4294967295, got -1"),
+    ("--runs 0", "runs must be an integer from 1 to 1000, got 0"),
+    ("--subset 4", "subset must be an integer from 5 to 50000, got 4"),
+    ("--subset 9 --holdout 8", "holdout must be an integer from 0 to 7, got 8"),
+    ("--lr-max 0", "lr_max must be a number from 1e-30 to 1e+30, got 0.0"),
+    ("--lr-max nan", "lr_max must be a number from 1e-30 to 1e+30, got nan"),
+    ("--lr-min 0.1 --lr-max 0.01", "lr_min must be a number from 1e-30 to 0.01, got 0.1"),
     ("--optimizer muon --l2 0.1", "l2 must be 0 with optimizer muon"),
-    ("--flips never", "--flips must be one of alternating, random, none, got 'never'"),
+    ("--flips never", "flips must be one of alternating, random, none, got 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device cuda: PyTorch finds no such device. Try cpu"),
-    ("--checkpoint run.json", SAME_FILES),
-    ("--output same --checkpoint x/../same", SAME_FILES),
-    ("--weights a --output a", SAME_FILES),
+    ("--checkpoint run.json", "must be different files, got {0}/run.json, {0}/run.json"),
+    ("--output same --checkpoint x/../same", "different files, got {0}/same, {0}/same"),
+    ("--weights a --output a", "different files, got {0}/a, {0}/a"),
 ])
 def test_nonsense_ends_with_one_sentence_and_no_files(
         tmp_path, capsys, monkeypatch, arguments, sentence):
@@ -3602,7 +3217,7 @@ def test_nonsense_ends_with_one_sentence_and_no_files(
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("usage: train.py")
-    assert sentence in message.splitlines()[-1]
+    assert sentence.format(tmp_path) in message.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
@@ -3641,6 +3256,7 @@ def asked_folders(monkeypatch):
     def load_from(folder):
         asked.append(folder)
         return sample
+
     monkeypatch.setattr(train, "load_cifar10", load_from)
     return asked
 
@@ -3651,41 +3267,18 @@ def load_with(*arguments):
     return train.load_data(options)
 
 
-@pytest.mark.parametrize("subset", [["--subset"], ["--subset", 2000], ["--subset", 50]])
-def test_the_sample_serves_if_it_is_enough_and_the_data_set_is_not_there(
-        tmp_path, asked_folders, capsys, subset):
-    training, _, classes = load_with(*subset, "--data-dir", tmp_path)
-    assert asked_folders == []
-    assert torch.equal(training.images[:50], train.load_sample()[0].images[:50])
+@pytest.mark.parametrize("arguments, sample, serves", [
+    (["--subset"], train.SAMPLE, True), (["--subset", 50], train.SAMPLE, True),
+    (["--subset", 2001], train.SAMPLE, False), ([], train.SAMPLE, False),
+    (["--subset"], Path("nowhere"), False)])
+def test_the_sample_serves_where_it_is_enough(
+        monkeypatch, asked_folders, capsys, arguments, sample, serves):
+    monkeypatch.setattr(train, "SAMPLE", sample)
+    training, _, classes = load_with(*arguments)
+    assert asked_folders == ([] if serves else [Path("data")])
+    assert ("sample.npz" in capsys.readouterr().out) == serves
+    assert len(training.images) == (50 if 50 in arguments else 2000)
     assert classes == CLASSES
-    printed = capsys.readouterr().out
-    assert "sample.npz has the images, so CIFAR-10 is not downloaded" in printed
-
-
-@pytest.mark.parametrize("arguments", [["--seed", 1], ["--subset", 2001]])
-def test_the_data_set_serves_if_the_sample_is_too_small(
-        tmp_path, asked_folders, capsys, arguments):
-    load_with(*arguments, "--data-dir", tmp_path)
-    assert asked_folders == [tmp_path]
-    assert "sample" not in capsys.readouterr().out
-
-
-def test_the_data_set_serves_if_it_is_there(workplace, asked_folders, capsys):
-    load_with("--subset")
-    assert asked_folders == [Path("data")]
-    assert "sample" not in capsys.readouterr().out
-
-
-def test_the_sample_serves_if_a_file_of_the_data_set_is_missing(workplace, asked_folders):
-    next(Path("data").glob("*/test_batch")).unlink()
-    load_with("--subset")
-    assert asked_folders == []
-
-
-def test_the_data_set_serves_if_there_is_no_sample(tmp_path, asked_folders, monkeypatch):
-    monkeypatch.setattr(train, "SAMPLE", tmp_path / "sample.npz")
-    load_with("--subset", "--data-dir", tmp_path)
-    assert asked_folders == [tmp_path]
 
 
 @pytest.mark.parametrize("asked, images, batch_size", [
@@ -3755,31 +3348,18 @@ def test_an_archive_put_there_by_hand_is_unpacked(archive, capsys):
     assert "download" not in capsys.readouterr().out
 
 
-def test_an_archive_put_there_by_hand_serves_for_a_first_look_too(archive, asked_folders):
-    put_archive("by-hand", archive.read_bytes())
-    load_with("--subset", "--data-dir", "by-hand")
-    assert asked_folders == [Path("by-hand")]
-
-
-def test_a_damaged_archive_is_downloaded_again_and_that_is_announced(server, capsys):
-    put_archive("by-hand", b"half an archive")
-    assert is_whole(train.load_cifar10("by-hand"))
-    assert "download CIFAR-10 (170 MB)" in capsys.readouterr().out
-
-
-def test_a_download_that_arrives_damaged_ends_in_a_sentence(server, archive):
-    archive.write_bytes(b"half an archive")
-    with pytest.raises(train.UserError, match="could not get CIFAR-10.*corrupted"):
-        train.load_cifar10("new")
-
-
-def test_a_damaged_archive_without_network_stays_and_is_named_in_a_sentence(workplace):
+@pytest.mark.parametrize("has_sample", [True, False])
+def test_a_damaged_archive_without_network_stays_and_is_named_in_a_sentence(
+        workplace, monkeypatch, has_sample):
+    monkeypatch.setattr(train, "SAMPLE", SCRIPT if has_sample else Path("nowhere"))
     archive = put_archive("by-hand", b"half an archive")
     with pytest.raises(train.UserError, match="^could not get CIFAR-10") as error:
         train.load_cifar10("by-hand")
     message = str(error.value)
     assert f"Put a whole copy of {CIFAR10.url} at {archive}" in message
     assert "the folder that has CIFAR-10 with --data-dir" in message
+    hint = "\nA first look needs no download: python train.py --subset"
+    assert message.endswith(hint) == has_sample
     assert archive.read_bytes() == b"half an archive"
 
 
@@ -3796,12 +3376,6 @@ def test_a_damaged_file_is_mended_from_the_archive(archive, name):
     assert is_whole(train.load_cifar10("data"))
 
 
-def test_a_damaged_file_that_cannot_be_mended_is_not_trained_on(workplace):
-    damage_file("test_batch")
-    assert workplace.fail("--epochs", 1).startswith("could not get CIFAR-10")
-    assert not Path("run.json").exists()
-
-
 def test_a_whole_folder_is_read_without_a_lock_or_a_new_file(workplace, monkeypatch):
     monkeypatch.setattr(train, "FileLock", raiser(PermissionError(13, "it is read-only")))
     before = sorted(Path("data").rglob("*"))
@@ -3809,52 +3383,18 @@ def test_a_whole_folder_is_read_without_a_lock_or_a_new_file(workplace, monkeypa
     assert sorted(Path("data").rglob("*")) == before
 
 
-@pytest.fixture
-def two_loads(archive, monkeypatch):
-    """Load the data in two threads. The second one begins during the first one's download.
-
-    Give what the two have loaded and the addresses of the downloads.
-    """
-    downloads = []
+def test_a_run_that_needs_the_data_waits_for_the_download_of_another(workplace):
+    """Its own download would fail, because nothing listens at the address."""
+    Path("new").mkdir()
     loaded = []
-    download_has_begun = threading.Event()
-    second_asks = threading.Event()
-
-    class WatchedLock(train.FileLock):
-        def acquire(self, *arguments, **keywords):
-            if download_has_begun.is_set():
-                second_asks.set()
-            return super().acquire(*arguments, **keywords)
-
-    def slow_download(url, root, *arguments):
-        downloads.append(url)
-        download_has_begun.set()
-        second_asks.wait(timeout=20)
-        put_archive(root, archive.read_bytes())
-
-    def load():
-        loaded.append(train.load_cifar10("shared"))
-
-    monkeypatch.setattr(train, "FileLock", WatchedLock)
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", slow_download)
-    first = threading.Thread(target=load)
-    first.start()
-    assert download_has_begun.wait(timeout=20)
-    load()
-    first.join()
-    yield SimpleNamespace(loaded=loaded, downloads=downloads)
-    socket.setdefaulttimeout(None)
-
-
-def test_a_run_that_needs_the_data_waits_for_the_download_of_another(two_loads):
-    assert two_loads.downloads == [CIFAR10.url]
-    assert len(two_loads.loaded) == 2
-    assert is_whole(two_loads.loaded[0])
-    assert is_whole(two_loads.loaded[1])
-
-
-def test_two_runs_at_once_leave_the_timeout_of_sockets_as_it_was(two_loads):
-    assert socket.getdefaulttimeout() is None
+    thread = threading.Thread(target=lambda: loaded.append(train.load_cifar10("new")))
+    with train.FileLock("new/cifar-10.lock"):
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive()
+        shutil.copytree("data", "new", dirs_exist_ok=True)  # the other download
+    thread.join(timeout=20)
+    assert is_whole(loaded[0])
 
 
 @pytest.fixture
@@ -3883,31 +3423,8 @@ def test_a_server_that_never_answers_ends_after_a_timeout(
     assert socket.getdefaulttimeout() == 7
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_failed_download_hints_at_the_sample_if_that_is_there(
-        workplace, monkeypatch, is_there):
-    if not is_there:
-        monkeypatch.setattr(train, "SAMPLE", Path("sample.npz"))
-    with pytest.raises(train.UserError, match="could not get CIFAR-10") as error:
-        train.load_cifar10("new")
-    hint = "A first look needs no download: python train.py --subset"
-    assert (hint in str(error.value)) == is_there
-
-
-def test_a_first_look_uses_the_sample_after_a_download_that_broke_off(
-        workplace, monkeypatch):
-    def break_off(url, root, *arguments):
-        put_archive(root, b"half an archive")
-        raise OSError("connection lost")
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", break_off)
-    with pytest.raises(train.UserError, match="connection lost"):
-        load_with("--data-dir", "new")
-    assert len(load_with("--subset", "--data-dir", "new")[0].images) == 2000
-
-
-@pytest.mark.parametrize("folder", ["data", "~/data", f"data/{CIFAR10.base_folder}"])
-def test_the_data_folder_may_be_written_in_several_ways(workplace, monkeypatch, folder):
-    monkeypatch.setenv("HOME", str(Path.cwd()))
+@pytest.mark.parametrize("folder", ["data", f"data/{CIFAR10.base_folder}"])
+def test_the_data_folder_may_be_the_one_in_it_that_has_the_files(workplace, folder):
     assert is_whole(load_with("--data-dir", folder, "--subset", 100))
 
 
@@ -3927,12 +3444,6 @@ def test_a_file_in_place_of_the_data_folder_is_named_and_stays(tmp_path, monkeyp
     assert Path("file").read_text() == "content"
 
 
-def test_a_folder_that_cannot_be_written_ends_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "FileLock", raiser(PermissionError(13, "denied")))
-    with pytest.raises(train.UserError, match="could not get CIFAR-10.*denied"):
-        train.load_cifar10(tmp_path)
-
-
 # ---- When things go wrong --------------------------------------------------------------
 
 def test_without_data_and_network_a_process_ends_with_a_sentence(workplace):
@@ -3940,22 +3451,19 @@ def test_without_data_and_network_a_process_ends_with_a_sentence(workplace):
     _, message = process.communicate(timeout=120)
     assert process.returncode == 1
     assert message.startswith("error: could not get CIFAR-10")
-    assert message.count("error: ") == 1
     assert "Traceback" not in message
-    assert f"{CIFAR10.url} at elsewhere/{CIFAR10.filename}" in message
-    assert "--data-dir" in message
     assert not Path("run.json").exists()
 
 
-@pytest.mark.parametrize("error", [
-    KeyboardInterrupt(), RuntimeError("illegal memory access")])
-def test_main_raises_an_error_as_it_is_and_the_report_says_interrupted(
-        workplace, monkeypatch, error):
+@pytest.mark.parametrize("error, status", [
+    (KeyboardInterrupt(), "interrupted"), (RuntimeError("illegal access"), "failed")])
+def test_main_raises_an_error_as_it_is_and_the_report_has_its_kind(
+        workplace, monkeypatch, error, status):
     monkeypatch.setattr(train, "train_step", raiser(error))
     with pytest.raises(type(error)) as raised:
         workplace.run("--epochs", 1, *RATES)
     assert raised.value is error
-    assert workplace.report()["summary"]["status"] == "interrupted"
+    assert workplace.report()["summary"]["status"] == status
 
 
 def exit_code_after(error, monkeypatch):
@@ -4017,15 +3525,6 @@ def test_a_process_needs_no_terminal_and_no_standard_output(
     assert ("report   run.json" in "".join(written)) == has_output
 
 
-def test_a_process_may_run_in_a_thread(workplace, monkeypatch):
-    """Python allows only the main thread to handle signals."""
-    monkeypatch.setattr(sys, "argv", NOTHING_TO_TRAIN)
-    thread = threading.Thread(target=train.run_process)
-    thread.start()
-    thread.join()
-    assert workplace.report()["summary"]["status"] == "complete"
-
-
 # ---- The notebook and the README -------------------------------------------------------
 
 NEXT_CELL = """\
@@ -4082,8 +3581,10 @@ def test_pasted_into_a_notebook_cell_it_runs_with_the_defaults(notebook):
 
 def test_a_notebook_shows_the_figures(notebook):
     pytest.importorskip("matplotlib")
+    figures = re.findall("figure   .*-(.*).png", printed_text(notebook[1]))
+    assert count_pictures(notebook[1]) == len(figures)
     # There may be no misclassified images.
-    assert count_pictures(notebook[1]) in (4, 5)
+    assert {"sweep", "curves", "confusion", "augmented"} <= set(figures)
 
 
 def test_the_next_cell_of_a_notebook_runs_other_options_and_keeps_its_names(notebook):
@@ -4123,36 +3624,22 @@ def test_the_metadata_in_the_script_names_the_requirements():
 PAGES = ["README.md", "results/README.md"]
 
 
-def page_links(name):
-    """Return the links of a page to files and headings here: (file, heading) each."""
-    text = (SCRIPT.parent / name).read_text()
-    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text)
-    assert links
-    return links
-
-
 @pytest.mark.parametrize("name", PAGES)
-def test_every_file_that_is_linked_is_there(name):
-    folder = (SCRIPT.parent / name).parent
-    missing = [file for file, _ in page_links(name) if not (folder / file).exists()]
-    assert missing == []
+def test_every_file_and_heading_that_is_linked_is_there(name):
+    page = SCRIPT.parent / name
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text())
+    assert len(links) > 10
+    for file, heading in links:
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if heading:
+            assert heading in heading_anchors(target), heading
 
 
 def heading_anchors(page):
     """Return the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text().lower(), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings]
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_every_heading_that_is_linked_is_there(name):
-    page = SCRIPT.parent / name
-    missing = []
-    for file, heading in page_links(name):
-        target = page.parent / file if file else page
-        if heading and heading not in heading_anchors(target):
-            missing.append((file, heading))
-    assert missing == []
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -4219,33 +3706,6 @@ class FakeSummaryWriter:
         self.rows.append((name, value, step))
 
 
-def fake_remote(**resources):
-    """Stand in for `ray.remote`: the function runs at once, in this process."""
-    def decorate(function):
-        return SimpleNamespace(remote=function)
-    return decorate
-
-
-class FakeTable:
-    """Reports as pandas' `json_normalize` shows them: "summary.status" is a column."""
-
-    def __init__(self, reports):
-        self.reports = reports
-
-    def __getitem__(self, column):
-        section, key = column.split(".")
-        values = [report[section][key] for report in self.reports]
-        description = f"count {len(values)}, mean {np.mean(values)}"
-        return SimpleNamespace(describe=lambda: description)
-
-
-FAKE_MODULES = {
-    "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=FakeSummaryWriter),
-    "ray": SimpleNamespace(remote=fake_remote, get=list),
-    "pandas": SimpleNamespace(json_normalize=FakeTable),
-}
-
-
 def run_snippet(snippet, names):
     """Run Python of the README with these global names. Return what it printed.
 
@@ -4255,6 +3715,8 @@ def run_snippet(snippet, names):
     names["run"] = small_run(Recipe(epochs=2, batch_size=8))
     names["rates"] = STEP_RATES
     code = compile(shorten(snippet), snippet, "exec")  # a traceback shows it
+    if "import pandas, ray" in snippet:
+        return ""  # the tests do not require them
     with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
         exec(code, names)
     if names["run"].epoch == 0:
@@ -4285,10 +3747,10 @@ def snippets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         use_small_data(monkeypatch, attributes)
-        for name, module in FAKE_MODULES.items():
-            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                            SimpleNamespace(SummaryWriter=FakeSummaryWriter))
         monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeCIFAR100)
-        monkeypatch.setattr(train, "ResNet", NarrowNetwork)
+        monkeypatch.setattr(train, "ResNet", SmallResNet)
         monkeypatch.setitem(train.RECIPES, "tuned", Recipe(epochs=2))
         train.save_weights("weights.pt", small_run(), CLASSES)
         TF.to_pil_image(random_split(1).images[0]).save("photo.jpg")
@@ -4324,7 +3786,7 @@ def test_the_snippet_with_another_schedule_sets_the_learning_rate(snippets):
 def test_the_snippet_on_another_data_set_saves_weights_that_can_be_loaded(
         snippets, monkeypatch):
     of_snippets_with("CIFAR100", snippets.printed)
-    monkeypatch.setattr(train, "ResNet", NarrowNetwork)
+    monkeypatch.setattr(train, "ResNet", SmallResNet)
     classes = train.load_weights(snippets.folder / "cifar100.pt")[3]
     assert len(classes) == 100
 
@@ -4332,11 +3794,6 @@ def test_the_snippet_on_another_data_set_saves_weights_that_can_be_loaded(
 def test_the_snippet_that_draws_two_reports_writes_a_figure(snippets):
     of_snippets_with("savefig", snippets.printed)
     assert (snippets.folder / "comparison.png").is_file()
-
-
-def test_the_snippet_on_a_folder_of_photos_trains(snippets):
-    (printed,) = of_snippets_with("ImageFolder", snippets.printed)
-    assert printed.startswith("1 0.")
 
 
 def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippets):
@@ -4351,12 +3808,6 @@ def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippets):
 def test_the_snippet_with_saved_weights_prints_a_class(snippets):
     (printed,) = of_snippets_with("load_weights", snippets.printed)
     assert printed.split()[0] in CLASSES
-
-
-def test_the_snippet_for_many_seeds_trains_each_to_the_end(snippets):
-    (printed,) = of_snippets_with("import pandas, ray", snippets.printed)
-    assert printed.count("final  ") == 2
-    assert "count 2, mean 0." in printed
 
 
 if __name__ == "__main__":

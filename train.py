@@ -28,7 +28,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import errno
+import gc
 import io
 import itertools
 import json
@@ -44,11 +44,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +74,7 @@ MAX_EPOCHS = 100_000
 def recipe_field(default, allowed, help):
     """Return a field of Recipe, with the type of its default.
 
-    `allowed` holds the names that it may have, or the lowest and the highest number.
+    `allowed` is that of `check_value`.
     """
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
@@ -236,9 +235,10 @@ def download_cifar10(data_dir):
         with FileLock(data_dir / "cifar-10.lock"), socket_timeout(30):
             with contextlib.suppress(RuntimeError):  # unless the first one has brought it
                 return read_cifar10(data_dir)
-            if not is_whole_archive(archive):
+            if not check_integrity(str(archive), CIFAR10.tgz_md5):
                 print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}",
                       flush=True)
+            # CIFAR10(download=True) would not mend a damaged batches.meta.
             download_and_extract_archive(CIFAR10.url, str(data_dir), filename=archive.name,
                                          md5=CIFAR10.tgz_md5)
             return read_cifar10(data_dir)
@@ -248,11 +248,6 @@ def download_cifar10(data_dir):
         if SAMPLE.exists():
             advice += "\nA first look needs no download: python train.py --subset"
         raise UserError(f"could not get CIFAR-10 ({error}).\n{advice}") from None
-
-
-def is_whole_archive(archive):
-    """Tell whether CIFAR-10's archive is there, and whole."""
-    return check_integrity(str(archive), CIFAR10.tgz_md5)
 
 
 @contextlib.contextmanager
@@ -367,17 +362,20 @@ def epoch_generator(seed, epoch, device):
     return torch.Generator(device).manual_seed(SEED_STRIDE * seed + epoch)
 
 
-def draw_flips(recipe, count, seed, epoch, device, generator):
-    """Return which training images are mirrored in this epoch: booleans (count,).
+def draw_flips(run, epoch, generator):
+    """Return which of a run's training images are mirrored in this epoch: booleans (N,).
 
     Alternating: half of the images, chosen once at random, are mirrored in odd epochs,
     the other half in even epochs (K. Jordan, arXiv:2404.00498, section 3.6).
     """
-    if recipe.flips == "none":
+    labels = run.training.labels
+    count = len(labels)
+    device = labels.device
+    if run.recipe.flips == "none":
         return torch.zeros(count, dtype=torch.bool, device=device)
-    if recipe.flips == "random":
+    if run.recipe.flips == "random":
         return torch.randint(2, (count,), generator=generator, device=device) == 1
-    coin_generator = epoch_generator(seed, 0, device)  # the same in every epoch
+    coin_generator = epoch_generator(run.seed, 0, device)  # the same in every epoch
     coins = torch.randint(2, (count,), generator=coin_generator, device=device)
     return (coins + epoch) % 2 == 1
 
@@ -435,13 +433,12 @@ def augmented_batches(run, epoch):
     images, labels = run.training
     device = images.device
     generator = epoch_generator(run.seed, epoch, device)
-    mirrored = draw_flips(run.recipe, len(labels), run.seed, epoch, device, generator)
+    mirrored = draw_flips(run, epoch, generator)
     order = torch.randperm(len(labels), generator=generator, device=device)
     layout = memory_format(device)
-    starts = [step * run.recipe.batch_size for step in range(run.steps_per_epoch)]
-    ends = [*starts[1:], len(order)]
-    for start, end in zip(starts, ends):
-        chosen = order[start:end]
+    batch_size = run.recipe.batch_size
+    cuts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
+    for chosen in order.tensor_split(tuple(cuts)):  # the last batch has the rest
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
         if run.augment is not None:
             batch = run.augment(batch, generator)
@@ -477,10 +474,7 @@ class ResBlock(nn.Module):
 class ResNet(nn.Module):
     """The custom ResNet of D. Page, How to Train Your ResNet (Myrtle.ai, 2018).
 
-    It has 6,573,130 parameters and turns images (B, 3, 32, 32) into logits (B, 10). With
-    the "identity" initialization, every convolution but the first one begins by passing
-    its input on. So the untrained network already carries the image to its last layer
-    (K. Jordan, arXiv:2404.00498, section 3.3).
+    It has 6,573,130 parameters and turns images (B, 3, 32, 32) into logits (B, 10).
     """
 
     def __init__(self, recipe=Recipe(), num_classes=10):
@@ -495,13 +489,22 @@ class ResNet(nn.Module):
         self.head = nn.Linear(512, num_classes)
         self.logit_scale = recipe.logit_scale
         if recipe.initialization == "identity":
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d) and module is not self.prep[0]:
-                    nn.init.dirac_(module.weight[:module.in_channels])
+            pass_input_on(self)
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(self.prep(x))))
         return self.head(self.pool(x)) * self.logit_scale
+
+
+def pass_input_on(network):
+    """Let every convolution but the first begin by passing its input on.
+
+    Its first filters become the identity, the others stay random. So the untrained network
+    already carries the image to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
+    """
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    for convolution in convolutions[1:]:
+        nn.init.dirac_(convolution.weight[:convolution.in_channels])
 
 
 @torch.no_grad()
@@ -652,13 +655,15 @@ class Run:
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
       seed decides.
-    - `cuda_graph`: a CUDA graph skips the hooks of a network. False turns it off.
+    - `cuda_graph`: on NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph, which
+      does not call the network's hooks. False turns it off.
     - `optimizer` can be set on the run, before the sweep.
     """
     recipe: Recipe
     seed: int
     device: str  # "cuda", "mps" or "cpu"
     precision: str  # of convolutions and matrix products; the weights are fp32
+    num_classes: int
     mean: torch.Tensor  # (3,), of the training images, which are normalized with it
     std: torch.Tensor  # (3,)
     training: Split  # normalized and padded
@@ -699,10 +704,19 @@ class Run:
         network = self.graph if self.graph is not None and is_full_batch else self.model
         with self.autocast():
             logits = network(images)
+        self.check_logits(logits)
+        return logits.float()
+
+    def check_logits(self, logits):
+        """Raise ValueError unless there is a logit for each class. (It may be of more.)"""
         if not isinstance(logits, torch.Tensor):
             raise ValueError("the network must return the logits (B, classes) alone, "
                              f"got a {type(logits).__name__}")
-        return logits.float()
+        # On a GPU, the loss would end the whole process with an error that says nothing.
+        if logits.ndim != 2 or logits.shape[1] < self.num_classes:
+            raise ValueError(f"the network must return {self.num_classes} logits for each "
+                             f"image, because num_classes is {self.num_classes}, got "
+                             f"{tuple(logits.shape)}")
 
     def settings(self):
         """Return what a state and the run that loads it must have in common."""
@@ -734,7 +748,8 @@ class Run:
         """Raise ValueError if an epoch was begun and did not end."""
         if self.mid_epoch:
             raise ValueError("an epoch of this run was interrupted, or its loss had no value. "
-                             "Load a state() from before that epoch")
+                             "Load a state() from before that epoch, or begin again with "
+                             "start_run")
 
     def load_state(self, state):
         """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
@@ -745,7 +760,7 @@ class Run:
         self.averaged.load_state_dict(state["averaged"])
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        # A new scaler, because an interrupted step leaves the old one in the middle of its work.
+        # A new scaler, because after an interrupted step, the old one refuses another.
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(self.device, state["random"])
@@ -836,6 +851,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     follows `torch.manual_seed`. `torch.backends.cudnn.benchmark` is set for the whole process.
     Raise ValueError for what cannot be trained.
     """
+    seed = int(seed)  # it may be one of NumPy's
     training = Split(*training)
     test = Split(*test)
     check_split("training", training, num_classes)
@@ -846,7 +862,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    # cuDNN's search for fast kernels takes time. In bf16, `capture_graph` alone does it.
+    # cuDNN's search for fast kernels takes time. In bf16, only `capture_graph` needs it.
     torch.backends.cudnn.benchmark = precision != "bf16"
     model = make_model(recipe, model, num_classes, seed)
     model.to(device, torch.float32, memory_format=memory_format(device))
@@ -857,8 +873,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         whiten_patches(model, training.images[:1000])
     seconds = time.perf_counter() - started
     return Run(
-        recipe=recipe, seed=int(seed), device=device, precision=precision,
-        mean=mean, std=std, training=training, test=test,
+        recipe=recipe, seed=seed, device=device, precision=precision,
+        num_classes=num_classes, mean=mean, std=std, training=training, test=test,
         model=model, averaged=copy.deepcopy(model),
         optimizer=make_optimizer(recipe, model, dtype),
         scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
@@ -876,7 +892,8 @@ def prepare_data(recipe, training, test, device, dtype):
     training = prepare_images(training, mean, std, device, dtype, recipe.padding,
                               recipe.padding_mode)
     test = prepare_images(test, mean, std, device, dtype)
-    test.images[-1].sum().item()  # reading a value waits for a GPU: the seconds are right
+    # Reading a value waits until a GPU is done. Else the seconds would be too few.
+    test.images[-1].sum().item()
     return mean, std, training, test
 
 
@@ -914,7 +931,9 @@ def begin_training(run):
     if run.device == "cpu":
         keep_freed_memory()
     run.model.train()
-    run.graph = None  # frees the memory of an earlier graph
+    if run.graph is not None:
+        run.graph = None
+        gc.collect()  # frees its memory: it is part of a reference cycle
     if run.cuda_graph:
         run.graph = capture_graph(run)
 
@@ -1164,7 +1183,7 @@ def record_sweep(run, steps, half_decade, on_step):
 
 
 def sweep_is_over(means, steps_beyond, half_decade):
-    """Tell whether larger learning rates would teach a sweep nothing more.
+    """Tell whether the loss of a sweep has risen far enough to end it.
 
     `means` are those of the loss over half a decade of rates, for each step so far.
     `steps_beyond` counts the steps beyond the planned ones; it is negative before.
@@ -1202,8 +1221,8 @@ def sweep_edges(smoothed):
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Choose LRMAX yourself, to train without a sweep: --lr-max 0.05 is a "
-                        "good start\nfor our network and recipe.")
+                        "Choose LRMAX yourself: --lr-max 0.05 is a good start for our network "
+                        "and recipe.\nIn a script, that is train.Rates(0.05 / 300, 0.05).")
     minimum = smoothed[lowest]
     part_of_fall = FALL_PART * (smoothed[0] - minimum)
     rise = min(RISE * minimum, part_of_fall)
@@ -1257,7 +1276,7 @@ def why_uncertain(smoothed):
 
 # ---- Evaluation and training ----------------------------------------------------------
 
-# As many pixels of images are evaluated at once as 2,000 images of 32x32 have.
+# How many pixels are evaluated at once: those of 2,000 images of 32x32.
 EVALUATED_PIXELS = 2000 * 32 * 32
 
 
@@ -1336,6 +1355,7 @@ def train_epoch(run, rates, on_step=None):
 
     Loss and accuracy are those of the augmented images, while the weights change.
     """
+    run.model.train()  # the caller may have evaluated it
     steps = run.steps_per_epoch
     losses = []
     sizes = []
@@ -1363,11 +1383,6 @@ TRAIN_IMAGES = 50_000  # in CIFAR-10
 GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 
 # ---- Command line ---------------------------------------------------------------------
-
-def option_name(name):
-    """Return the option of the command line for a name: --lr-max for lr_max."""
-    return f"--{name.replace('_', '-')}"
-
 
 def shown_default(name):
     """Return the default of a recipe's field for --help, "8 / 0 / 8" if recipes differ."""
@@ -1421,16 +1436,15 @@ def add_recipe_options(parser):
     metavars = {int: "N", float: "X", str: "NAME"}
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
+        option = "--" + field.name.replace("_", "-")
         default = shown_default(field.name)
-        group.add_argument(option_name(field.name), type=kind, metavar=metavars[kind],
+        group.add_argument(option, type=kind, metavar=metavars[kind],
                            default=argparse.SUPPRESS,  # so it is known what was given
                            help=f"{field.metadata['help']} (default: {default})")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     """Return the recipe and the other options. Invalid ones end the process with code 2."""
-    if argv is None:
-        argv = sys.argv[1:]
     argv = [with_dashes(str(argument)) for argument in argv]
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -1438,7 +1452,7 @@ def parse_arguments(argv=None):
     try:
         check_options(options)
         recipe = take_recipe(options)
-        # Each run chooses them again; here, a wrong name is still an error of the command line.
+        # `start_run` checks both again. Here, a device that is missing ends with exit code 2.
         choose_precision(choose_device(options.device), options.precision)
         if options.output is None:
             options.output = default_output(options.checkpoint)
@@ -1470,7 +1484,7 @@ def check_options(options):
     for name, allowed in bounds.items():
         value = getattr(options, name)
         if value is not None:
-            check_value(option_name(name), value, type(allowed[0]), allowed)
+            check_value(name, value, type(allowed[0]), allowed)
 
 
 def take_recipe(options):
@@ -1478,16 +1492,11 @@ def take_recipe(options):
     recipe = RECIPES[options.recipe]
     overrides = {}
     for field in dataclasses.fields(Recipe):
-        if hasattr(options, field.name):
-            value = getattr(options, field.name)
-            # Recipe checks its constants, too, but does not know the names of options.
-            check_value(option_name(field.name), value, type(field.default),
-                        field.metadata["allowed"])
-            overrides[field.name] = value
-            delattr(options, field.name)
+        if field.name in options:
+            overrides[field.name] = vars(options).pop(field.name)
     if overrides.get("batch_size"):
         image_count = (options.subset or TRAIN_IMAGES) - options.holdout
-        check_value(option_name("batch_size"), overrides["batch_size"], int, (2, image_count))
+        check_value("batch_size", overrides["batch_size"], int, (2, image_count))
     return dataclasses.replace(recipe, **overrides)
 
 
@@ -1515,7 +1524,8 @@ def check_files_differ(options):
     given = [options.output, options.checkpoint, options.weights]
     paths = [Path(path).resolve() for path in given if path is not None]
     if len(set(paths)) < len(paths):
-        raise ValueError("output, checkpoint and weights must be different files")
+        raise ValueError("output, checkpoint and weights must be different files, got "
+                         f"{', '.join(str(path) for path in paths)}")
 
 
 def options_of_seed(options, seed):
@@ -1533,12 +1543,14 @@ def options_of_seed(options, seed):
 
 # ---- Files: report (JSON), checkpoint, weights ----------------------------------------
 
-@contextlib.contextmanager
-def atomic_replacement(path):
-    """Give the name of a temporary file. If it is written, it replaces `path` at the end.
+def write_file(path, save=None):
+    """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails.
 
-    So a file is written whole or not at all. Raise UserError if that fails.
+    Without `save`, only try whether a file can be written there. What is there now stays.
     """
+    content = io.BytesIO()  # torch.save would not raise an OSError for a full disk
+    if save is not None:
+        save(content)
     target = Path(path).resolve()  # symbolic links are kept
     try:
         if target.exists() and not target.is_file():
@@ -1546,37 +1558,24 @@ def atomic_replacement(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as scratch:
             temporary = Path(scratch) / target.name
-            yield temporary
-            if temporary.exists():
+            temporary.write_bytes(content.getbuffer())
+            if save is not None:
                 temporary.replace(target)
     except OSError as error:
-        disk_full = error.errno == errno.ENOSPC
-        advice = "Free some space on the disk." if disk_full else "Choose another file."
-        raise UserError(f"cannot write {path} ({error}).\n{advice}") from None
-
-
-def write_file(path, save):
-    """Write what `save(file)` writes. Raise UserError if that fails."""
-    content = io.BytesIO()  # torch.save would not raise an OSError for a full disk
-    save(content)
-    with atomic_replacement(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
-def check_writable(path):
-    """Raise UserError if a file cannot be written there. What is there now stays."""
-    with atomic_replacement(path):
-        pass
+        raise UserError(f"cannot write {path} ({error}).\n"
+                        "Free some space, or choose another file.") from None
 
 
 def save_weights(path, run, classes):
-    """Write a ResNet's weights and all else that is needed to classify images.
+    """Write the weights of a ResNet and all else that is needed to classify images.
 
-    `load_weights` cannot read the weights of another network.
+    Raise ValueError for another network: `load_weights` would not know how to make it.
     """
-    # A network that was given to the run keeps its own scale.
-    logit_scale = getattr(run.model, "logit_scale", run.recipe.logit_scale)
-    recipe = dataclasses.replace(run.recipe, logit_scale=logit_scale)
+    if not isinstance(run.model, ResNet):
+        raise ValueError("save_weights is for the built-in network. Save that of your own "
+                         "with torch.save(run.averaged.state_dict(), path)")
+    # A network that was given to the run has a scale of its own.
+    recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
         "recipe": dataclasses.asdict(recipe),
         "classes": [str(name) for name in classes],  # NumPy's would not be loaded again
@@ -1608,13 +1607,14 @@ def script_commit():
         return subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True,
                               check=True).stdout.strip()
 
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # there is no git
+    try:
         commit = ask_git("log", "-1", "--format=%h")
-        if not commit:  # the repository does not have this file
-            return None
         has_changed = ask_git("status", "--porcelain") != ""
-        return f"{commit}+" if has_changed else commit
-    return None
+    except (OSError, subprocess.CalledProcessError):  # there is no git, or no repository
+        return None
+    if not commit:  # the repository does not have this file
+        return None
+    return f"{commit}+" if has_changed else commit
 
 
 def peak_memory(device):
@@ -1721,7 +1721,7 @@ class Recorder:
         """Try all files that the run will write, and write the first report."""
         for path in (self.options.checkpoint, self.options.weights):
             if path is not None:
-                check_writable(path)
+                write_file(path)
         self.update_summary("running")
         self.save_report()
 
@@ -1739,8 +1739,6 @@ class Recorder:
         try:
             saved = torch.load(path, map_location=self.run.device, weights_only=True)
             differences = differing_settings(saved["report"], self.report)
-            if not differences:
-                self.run.load_state(saved["run"])
         except Exception as error:  # a damaged file raises errors of many types
             if is_out_of_memory(error):
                 raise
@@ -1749,6 +1747,14 @@ class Recorder:
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
                             "same options, delete the checkpoint, or choose another one.")
+        try:
+            self.run.load_state(saved["run"])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{path} does not fit the network or the optimizer.\nIf you changed "
+                            "the code since, undo that, or choose another --checkpoint."
+                            ) from None
         current_environment = self.report["environment"]
         for section in ("environment", "rates", "lr_sweep", "epochs"):
             self.report[section] = saved["report"][section]
@@ -1850,16 +1856,10 @@ def show_progress(run, sweeping=False):
             seconds_left = (steps - step + steps * epochs_left) / steps_per_second
             images_per_second = steps_per_second * run.recipe.batch_size
             part = "sweep" if sweeping else f"epoch {run.epoch + 1}"
-            show_status(f"{clock_time(seconds_left)} left, {part}, step {step} of {steps}, "
+            time_left = timedelta(seconds=round(seconds_left))
+            show_status(f"{time_left} left, {part}, step {step} of {steps}, "
                         f"loss {loss:.3f}, {images_per_second:,.0f} images/s")
     return on_step
-
-
-def clock_time(seconds):
-    """Return a time as text, in hours, minutes and seconds: 1:02:03, or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def print_heading(report):
@@ -2128,8 +2128,8 @@ def load_data(options):
     if folder.name == CIFAR10.base_folder:
         folder = folder.parent
     count = options.subset or TRAIN_IMAGES
-    if count <= SAMPLE_IMAGES and SAMPLE.exists() and not has_cifar10(folder):
-        print(f"sample   {SAMPLE} has the images, so CIFAR-10 is not downloaded")
+    if count <= SAMPLE_IMAGES and SAMPLE.exists():
+        print(f"sample   the images are those of {SAMPLE}")
         training, test, classes = load_sample()
     else:
         training, test, classes = load_cifar10(folder)
@@ -2139,15 +2139,6 @@ def load_data(options):
         test = take_images(training, slice(-options.holdout, None))
         training = take_images(training, slice(-options.holdout))
     return training, test, classes
-
-
-def has_cifar10(folder):
-    """Tell whether a folder has all files of CIFAR-10, or the whole archive of it."""
-    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    names.append(CIFAR10.meta["filename"])
-    if all((folder / CIFAR10.base_folder / name).exists() for name in names):
-        return True
-    return is_whole_archive(folder / CIFAR10.filename)
 
 
 def take_images(split, chosen):
@@ -2202,11 +2193,18 @@ def train_once(recipe, options, data):
 
 def record_failure(recorder, error):
     """Save and print what is left of a run that ends with an error, or with Ctrl-C."""
+    was_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+    if was_stopped:
+        status = "interrupted"
+    elif isinstance(error, Diverged):
+        status = "diverged"
+    else:
+        status = "failed"
     show_status("")
-    recorder.update_summary("diverged" if isinstance(error, Diverged) else "interrupted")
+    recorder.update_summary(status)
     with warn_if_write_fails():
         recorder.save_report()
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+    if was_stopped:
         print_interruption(recorder.options)
     if recorder.options.figures:
         try_to_draw(save_curves, recorder.report)
@@ -2265,15 +2263,15 @@ def print_interruption(options):
     """Print what is left of a run that was interrupted, and how it can be continued."""
     print(f"stopped  {options.output} has the epochs that were completed")
     if options.checkpoint is None:
-        print("         it cannot be continued; a run with --checkpoint FILE could be")
+        print("         to be able to continue a run, start it with --checkpoint FILE")
     elif Path(options.checkpoint).is_file():
         print(f"         the same command continues from {options.checkpoint}")
     else:
         print("         the same command begins anew, because no checkpoint was saved yet")
 
 
-def main(argv=None):
-    """Run with these arguments, or with those of the command line.
+def main(argv=()):
+    """Run with these arguments, a list like ["--epochs", "10"].
 
     Return the report, a dictionary. With --runs, return a list of reports.
     """
@@ -2291,14 +2289,12 @@ def main(argv=None):
 
 def run_process():
     """Run the script as a process: an error becomes a sentence and an exit code."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # In a notebook, %run starts the script in the notebook's own process.
-    if in_main_thread and not IN_NOTEBOOK:
+    if not IN_NOTEBOOK:  # there, %run starts the script in the notebook's own process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if hasattr(sys.stdout, "reconfigure") and not IN_NOTEBOOK:
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -2321,6 +2317,6 @@ def is_out_of_memory(error):
 if __name__ == "__main__":
     # Code that was pasted into a cell: there, sys.argv is that of the notebook.
     if IN_NOTEBOOK and "get_ipython" in globals():
-        main([])  # for other options, call main(["--epochs", "10"]) in the next cell
+        main()  # for other options, call main(["--epochs", "10"]) in the next cell
     else:
         run_process()

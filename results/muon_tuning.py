@@ -57,9 +57,7 @@ class NarrowResNet(nn.Sequential):
 
     def __init__(self):
         super().__init__(*finder.narrow_resnet())
-        convolutions = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
-        for convolution in convolutions[1:]:
-            nn.init.dirac_(convolution.weight[:convolution.in_channels])
+        train.pass_input_on(self)
 
     def forward(self, images):
         return super().forward(images) * train.Recipe().logit_scale
