@@ -224,7 +224,7 @@ def layers_made_by_pytorch(seed):
 
 @pytest.mark.parametrize("name, value", [
     ("epochs", -1), ("epochs", 2.5), ("epochs", 100_001), ("batch_size", 1),
-    ("optimizer", "sgd"), ("optimizer", None), ("peak_fraction", 1.0),
+    ("optimizer", "sgd"), ("optimizer", None), ("muon_lr_factor", 0.0), ("peak_fraction", 1.0),
     ("annihilation", 0.5), ("beta1", (0.95, 0.85)), ("beta1_peak", 1.5), ("beta2", 1.0),
     ("epsilon", math.nan), ("decay_epochs", math.inf), ("l2", -0.1),
     ("label_smoothing", "0.1"), ("ema_epochs", -0.5), ("logit_scale", 0.0),
@@ -811,7 +811,7 @@ def test_the_rates_that_are_read_from_a_sweep(losses, adam_steps, lr_max):
 def muon_and_adam(parameters):
     """Return a Muon for the first parameter, with an Adam for the others."""
     adam = torch.optim.Adam(parameters[1:])
-    return train.Muon(parameters[:1], adam)
+    return train.Muon(parameters[:1], adam, lr_factor=1)
 
 
 @pytest.mark.parametrize("make_optimizer, is_adam", [
@@ -1832,7 +1832,7 @@ def muon_run(count=8, precision="fp32", **changes):
 
 
 def test_steps_with_muon_against_muon_in_numpy_and_adam_of_pytorch():
-    run = muon_run()
+    run = muon_run(muon_lr_factor=2)
     matrix_group = run.optimizer.param_groups[0]
     matrix_group["weight_decay"] = 30
     reference = copy.deepcopy(run.model)
@@ -1850,7 +1850,7 @@ def test_steps_with_muon_against_muon_in_numpy_and_adam_of_pytorch():
             group.update(lr=lr, betas=(beta1, 0.999))
         adam.step()
         for layer, muon in zip(convolutions, muons):
-            muon.step(layer.weight.grad.double().numpy(), lr * 5 / 3)
+            muon.step(layer.weight.grad.double().numpy(), lr * 2)
             layer.weight.data = torch.from_numpy(muon.weight).float()
         result = train.train_step(run, images, labels, lr, beta1)
         torch.testing.assert_close(result, expected)
@@ -3155,23 +3155,23 @@ def test_the_help_shows_a_default_and_those_of_all_recipes_if_they_differ(
     assert re.search(line, recipe_help, re.MULTILINE)
 
 
-def another_value(field):
-    """Return an allowed value of a recipe's field that is not the plain recipe's."""
+def another_value(field, recipe):
+    """Return an allowed value of a recipe's field that is not the one it has."""
     allowed = field.metadata["allowed"]
     if not isinstance(field.default, str):
         return allowed[1]
-    others = set(allowed) - {getattr(train.RECIPES["plain"], field.name)}
-    return min(others)
+    return min(set(allowed) - {getattr(recipe, field.name)})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_each_constant_is_an_option_that_changes_the_chosen_recipe(field):
-    value = another_value(field)
+    name = "fast" if "muon" in field.name else "plain"
+    chosen = train.RECIPES[name]
+    value = another_value(field, chosen)
     option = f"--{field.name.replace('_', '-')}"
-    recipe, options = train.parse_arguments(["--recipe", "plain", option, str(value)])
-    plain = train.RECIPES["plain"]
-    assert recipe != plain
-    assert recipe == dataclasses.replace(plain, **{field.name: value})
+    recipe, options = train.parse_arguments(["--recipe", name, option, str(value)])
+    assert recipe != chosen
+    assert recipe == dataclasses.replace(chosen, **{field.name: value})
     assert not hasattr(options, field.name)  # the report has each constant once
 
 
@@ -3202,6 +3202,7 @@ def test_an_option_may_be_typed_with_underscores():
     ("--lr-max nan", "lr_max must be a number from 1e-30 to 1e+30, got nan"),
     ("--lr-min 0.1 --lr-max 0.01", "lr_min must be a number from 1e-30 to 0.01, got 0.1"),
     ("--optimizer muon --l2 0.1", "l2 must be 0 with optimizer muon"),
+    ("--muon-lr-factor 2", "muon_lr_factor is for the optimizer muon alone"),
     ("--flips never", "flips must be one of alternating, random, none, got 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),

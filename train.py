@@ -110,6 +110,8 @@ class Recipe:
         0, (0, 50_000), "images in a step; 0 means 512, or fewer for few images")
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for most convolutions, Adam for the rest")
+    muon_lr_factor: float = recipe_field(
+        5 / 3, (1e-6, 1e6), "Muon's learning rate / Adam's")
     peak_fraction: float = recipe_field(
         5 / 24, (0.0, 0.99), "part of the run before the peak")
     annihilation: float = recipe_field(
@@ -156,6 +158,8 @@ class Recipe:
             raise ValueError("batch_size must be 0 or at least 2, got 1")
         if self.optimizer == "muon" and self.l2 > 0:
             raise ValueError("l2 must be 0 with optimizer muon, which has no L2 term")
+        if self.optimizer == "adam" and self.muon_lr_factor != Recipe.muon_lr_factor:
+            raise ValueError("muon_lr_factor is for the optimizer muon alone")
 
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
@@ -527,7 +531,6 @@ def whiten_patches(model, images):
 # ---- Optimizers: Adam, and Muon (K. Jordan, Muon: An optimizer for hidden layers, 2024)
 
 MUON_MOMENTUM = 0.6
-MUON_LR_FACTOR = 5 / 3  # Muon's learning rate / Adam's
 NEWTON_SCHULZ_STEPS = 3
 
 
@@ -569,11 +572,14 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Muon for the weights of convolutions, and Adam for all else, in one optimizer."""
 
-    def __init__(self, weights, adam, dtype=torch.float32):
-        """`weights` are those for Muon. `adam` is an Adam with the other parameters."""
+    def __init__(self, weights, adam, lr_factor, dtype=torch.float32):
+        """`weights` are those for Muon. `adam` is an Adam with the other parameters.
+
+        `lr_factor` is Muon's learning rate / Adam's.
+        """
         self.adam = adam
         self.dtype = dtype
-        muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": MUON_LR_FACTOR}
+        muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": lr_factor}
         super().__init__([*adam.param_groups, muon_group], {})
 
     def __getstate__(self):  # for copies; PyTorch keeps only what it knows
@@ -629,7 +635,9 @@ def make_optimizer(recipe, model, dtype):
     adam = torch.optim.Adam(
         groups, betas=(recipe.beta1_peak, recipe.beta2), eps=recipe.epsilon,
         weight_decay=recipe.l2, decoupled_weight_decay=not recipe.l2, fused=True)
-    return Muon(muon_weights, adam, dtype) if muon_weights else adam
+    if muon_weights:
+        return Muon(muon_weights, adam, recipe.muon_lr_factor, dtype)
+    return adam
 
 
 # ---- Run: a model on a device, with what trains it; one step --------------------------

@@ -70,10 +70,10 @@ def with_average(run, ema_epochs):
 def train_run(values, training, held_out, seed):
     """Train with the values of a run. Return its record."""
     training = train.take_images(training, slice(values["images"]))
-    train.MUON_LR_FACTOR = values["muon_lr"] / LR_MAX
     recipe = train.Recipe(
-        epochs=EPOCHS, optimizer="muon", cutout=values["cutout"],
-        label_smoothing=values["label_smoothing"], padding=values["padding"])
+        epochs=EPOCHS, optimizer="muon", muon_lr_factor=values["muon_lr"] / LR_MAX,
+        cutout=values["cutout"], label_smoothing=values["label_smoothing"],
+        padding=values["padding"])
     # After each epoch, a few images are enough.
     run = train.start_run(recipe, training, train.take_images(held_out, slice(1000)), seed,
                           device="cpu", precision="fp32", model=HalfResNet)

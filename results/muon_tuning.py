@@ -67,9 +67,9 @@ def train_run(values, training, held_out, seed):
     """Train with the values of a run. Return its record."""
     train.MUON_MOMENTUM = values["momentum"]
     train.NEWTON_SCHULZ_STEPS = values["steps"]
-    train.MUON_LR_FACTOR = values["muon_lr"] / values["adam_lr"]
     recipe = dataclasses.replace(
         train.RECIPES["fast"], epochs=EPOCHS, optimizer="muon",
+        muon_lr_factor=values["muon_lr"] / values["adam_lr"],
         peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)

@@ -510,7 +510,7 @@ def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkey
 
 
 def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch):
-    for name in ("MUON_MOMENTUM", "NEWTON_SCHULZ_STEPS", "MUON_LR_FACTOR"):
+    for name in ("MUON_MOMENTUM", "NEWTON_SCHULZ_STEPS"):
         monkeypatch.setattr(train, name, getattr(train, name))  # set back at the end
     monkeypatch.setattr(muon_tuning, "EPOCHS", 1)
     split = random_split(40)
@@ -559,7 +559,6 @@ def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
 @pytest.fixture
 def run_of_best_tuning(monkeypatch):
     """Train a run of the study for one epoch. Return its record and its Run."""
-    monkeypatch.setattr(train, "MUON_LR_FACTOR", train.MUON_LR_FACTOR)  # set back at the end
     monkeypatch.setattr(best_tuning, "EPOCHS", 1)
     runs = []
     start_run = train.start_run
@@ -581,7 +580,8 @@ def test_a_run_of_best_tuning_trains_with_its_values(run_of_best_tuning):
         "images": 40, "cutout": 12, "label_smoothing": 0.1, "padding": 4, "muon_lr": 0.05}
     assert len(run.training.labels) == 40
     assert run.recipe == train.Recipe(
-        epochs=1, batch_size=16, optimizer="muon", cutout=12, label_smoothing=0.1)
+        epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06, cutout=12,
+        label_smoothing=0.1)
     assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(0.05 / 300)  # of the last step
     assert type(run.model) is best_tuning.HalfResNet
 
