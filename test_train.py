@@ -3203,7 +3203,7 @@ def test_an_option_may_be_typed_with_underscores():
     ("--lr-min 0.1 --lr-max 0.01", "lr_min must be a number from 1e-30 to 0.01, got 0.1"),
     ("--optimizer muon --l2 0.1", "l2 must be 0 with optimizer muon"),
     ("--muon-lr-factor 2", "muon_lr_factor is for the optimizer muon alone"),
-    ("--flips never", "flips must be one of alternating, random, none, got 'never'"),
+    ("--flips never", "--flips: invalid choice: 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device cuda: PyTorch finds no such device. Try cpu"),

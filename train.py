@@ -125,13 +125,15 @@ class Recipe:
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
     # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many
     # epochs. The same time suits all batch sizes and learning rates.
-    decay_epochs: float = recipe_field(5.0, (0.0, 1e5), "epochs of weight decay; 0: none")
+    decay_epochs: float = recipe_field(
+        5.0, (0.0, 1e5), "epochs in which weight decay shrinks a weight to 1/e; 0: no decay")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
     label_smoothing: float = recipe_field(
         0.2, (0.0, 0.99), "share spread over all classes")
     # The weights are noisy while the learning rate is high. Their exponential moving average
     # (EMA) is not.
-    ema_epochs: float = recipe_field(0.5, (0.0, 1e5), "epochs of the EMA; 0: no EMA")
+    ema_epochs: float = recipe_field(
+        0.5, (0.0, 1e5), "epochs over which the EMA of the weights averages; 0: no EMA")
     # A learning rate that suits the convolutions is too large for the last layer. Smaller
     # logits make its steps smaller.
     logit_scale: float = recipe_field(
@@ -1407,7 +1409,8 @@ def make_parser():
                                      description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--recipe", choices=list(RECIPES), default="tuned",
-        help="fast: Muon, a quarter of the epochs; plain: without our additions")
+        help="tuned: ours (default); fast: Muon, a quarter of the epochs; "
+             "plain: without our additions")
     add("--lr-max", type=float, metavar="X",
         help="peak learning rate, LRMAX; else a sweep finds it")
     add("--lr-min", type=float, metavar="X",
@@ -1441,12 +1444,13 @@ def add_recipe_options(parser):
     names = " / ".join(RECIPES)
     group = parser.add_argument_group(
         "recipe", f"constants of the recipe; defaults of {names} if they differ")
-    metavars = {int: "N", float: "X", str: "NAME"}
+    metavars = {int: "N", float: "X"}
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         option = "--" + field.name.replace("_", "-")
+        choices = field.metadata["allowed"] if kind is str else None
         default = shown_default(field.name)
-        group.add_argument(option, type=kind, metavar=metavars[kind],
+        group.add_argument(option, type=kind, choices=choices, metavar=metavars.get(kind),
                            default=argparse.SUPPRESS,  # so it is known what was given
                            help=f"{field.metadata['help']} (default: {default})")
 
