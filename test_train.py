@@ -2827,26 +2827,29 @@ def test_several_seeds_without_epochs_have_no_mean(quick_workplace, capsys):
     assert "mean" not in capsys.readouterr().out
 
 
-def test_a_seed_that_diverges_ends_the_run_with_advice(quick_workplace, monkeypatch):
+def test_a_seed_that_diverges_ends_the_run_with_advice_and_the_mean_of_those_before(
+        quick_workplace, monkeypatch, capsys):
     train_step = train.train_step
     seeds = []
 
     def step(run, *arguments):
         seeds.append(run.seed)
         loss, correct = train_step(run, *arguments)
-        is_second_of_its_seed = seeds[-2:] == [5, 5]
+        is_second_of_its_seed = seeds[-2:] == [6, 6]
         return torch.tensor(math.inf) if is_second_of_its_seed else loss, correct
 
     monkeypatch.setattr(train, "train_step", step)
-    message = quick_workplace.fail("--epochs", 2, "--runs", 3, "--seed", 4, *RATES,
+    message = quick_workplace.fail("--epochs", 2, "--runs", 4, "--seed", 4, *RATES,
                                    "--batch-size", 25, "--checkpoint", "run.pt")
     assert message == ("the loss became NaN or infinite in epoch 1.\nTry a lower LRMAX "
                        "(--lr-max) or full precision (--precision fp32).")
-    assert seeds == [4] * 8 + [5] * 4  # two epochs of four steps, then one
-    assert quick_workplace.report("run-seed4.json")["summary"]["status"] == "complete"
-    assert quick_workplace.report("run-seed5.json")["summary"]["status"] == "diverged"
-    assert saved_state("run-seed5.pt")["epoch"] == 0  # the last state without NaN
-    assert not Path("run-seed6.json").exists()
+    assert seeds == [4] * 8 + [5] * 8 + [6] * 4  # two epochs of four steps, then one
+    statuses = [quick_workplace.report(f"run-seed{seed}.json")["summary"]["status"]
+                for seed in (4, 5, 6)]
+    assert statuses == ["complete", "complete", "diverged"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 runs   mean ")
+    assert saved_state("run-seed6.pt")["epoch"] == 0  # the last state without NaN
+    assert not Path("run-seed7.json").exists()
 
 
 def test_interrupted_seeds_continue_with_the_seed_that_was_interrupted(

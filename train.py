@@ -2290,13 +2290,13 @@ def main(argv=()):
     recipe, options = parse_arguments(argv)
     data = load_data(options)
     reports = []
-    for seed in range(options.seed, options.seed + options.runs):
-        reports.append(train_once(recipe, options_of_seed(options, seed), data))
-    if options.runs == 1:
-        return reports[0]
-    if recipe.epochs:
-        print_runs([report["summary"]["final_test_accuracy"] for report in reports])
-    return reports
+    try:
+        for seed in range(options.seed, options.seed + options.runs):
+            reports.append(train_once(recipe, options_of_seed(options, seed), data))
+    finally:  # if a run fails or is stopped, those before it still count
+        if len(reports) > 1 and recipe.epochs:
+            print_runs([report["summary"]["final_test_accuracy"] for report in reports])
+    return reports[0] if options.runs == 1 else reports
 
 
 def run_process():
