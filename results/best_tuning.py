@@ -41,8 +41,12 @@ RUNS = {  # the values that were tried, by the name of the run; `images` are for
               "muon_lr": 0.2},
     "seed9": {"images": 8_000, "cutout": 0, "label_smoothing": 0.1, "padding": 4,
               "muon_lr": 0.1},
+    "seed10": {"images": 25_000, "cutout": 8, "label_smoothing": 0.2, "padding": 4,
+               "muon_lr": 0.1},
+    "seed11": {"images": 25_000, "cutout": 8, "label_smoothing": 0.2, "padding": 4,
+               "muon_lr": 0.2},
 }
-STUDY = studies.Study("best-tuning", RUNS, seeds=[0, 3, 6, 2, 4, 7, 8, 9])
+STUDY = studies.Study("best-tuning", RUNS, seeds=[0, 3, 6, 2, 4, 7, 8, 9, 10, 11])
 EMA_EPOCHS = (0.25, 0.5, 1.0)
 
 

@@ -84,6 +84,7 @@ TABLES = {
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
+        ("the same, without bf16", "first-look/fast-fp32-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
