@@ -718,7 +718,7 @@ class Run:
         return logits.float()
 
     def check_logits(self, logits):
-        """Raise ValueError unless there is a logit for each class. (It may be of more.)"""
+        """Raise ValueError if an image has fewer logits than there are classes."""
         if not isinstance(logits, torch.Tensor):
             raise ValueError("the network must return the logits (B, classes) alone, "
                              f"got a {type(logits).__name__}")

@@ -24,29 +24,23 @@ HELD_OUT = 15_000
 EPOCHS = 24
 LR_MAX = 0.06  # Adam's
 
-RUNS = {  # the values that were tried, by the name of the run; `images` are for training
-    "seed0": {"images": 8_000, "cutout": 8, "label_smoothing": 0.2, "padding": 4,
-              "muon_lr": 0.05},
-    "seed3": {"images": 8_000, "cutout": 8, "label_smoothing": 0.1, "padding": 2,
-              "muon_lr": 0.05},
-    "seed6": {"images": 8_000, "cutout": 12, "label_smoothing": 0.1, "padding": 4,
-              "muon_lr": 0.05},
-    "seed2": {"images": 8_000, "cutout": 8, "label_smoothing": 0.1, "padding": 4,
-              "muon_lr": 0.1},
-    "seed4": {"images": 8_000, "cutout": 12, "label_smoothing": 0.2, "padding": 4,
-              "muon_lr": 0.1},
-    "seed7": {"images": 8_000, "cutout": 12, "label_smoothing": 0.1, "padding": 2,
-              "muon_lr": 0.1},
-    "seed8": {"images": 8_000, "cutout": 8, "label_smoothing": 0.1, "padding": 4,
-              "muon_lr": 0.2},
-    "seed9": {"images": 8_000, "cutout": 0, "label_smoothing": 0.1, "padding": 4,
-              "muon_lr": 0.1},
-    "seed10": {"images": 25_000, "cutout": 8, "label_smoothing": 0.2, "padding": 4,
-               "muon_lr": 0.1},
-    "seed11": {"images": 25_000, "cutout": 8, "label_smoothing": 0.2, "padding": 4,
-               "muon_lr": 0.2},
+# What was tried: for each seed, the values of these names. `images` are for training.
+VALUE_NAMES = ("images", "muon_lr", "cutout", "padding", "label_smoothing")
+VALUES_OF_SEEDS = {
+    0: (8_000, 0.05, 8, 4, 0.2),
+    3: (8_000, 0.05, 8, 2, 0.1),
+    6: (8_000, 0.05, 12, 4, 0.1),
+    2: (8_000, 0.1, 8, 4, 0.1),
+    4: (8_000, 0.1, 12, 4, 0.2),
+    7: (8_000, 0.1, 12, 2, 0.1),
+    8: (8_000, 0.2, 8, 4, 0.1),
+    9: (8_000, 0.1, 0, 4, 0.1),
+    10: (25_000, 0.1, 8, 4, 0.2),
+    11: (25_000, 0.2, 8, 4, 0.2),
 }
-STUDY = studies.Study("best-tuning", RUNS, seeds=[0, 3, 6, 2, 4, 7, 8, 9, 10, 11])
+RUNS = {f"seed{seed}": dict(zip(VALUE_NAMES, values))
+        for seed, values in VALUES_OF_SEEDS.items()}
+STUDY = studies.Study("best-tuning", RUNS, seeds=list(VALUES_OF_SEEDS))
 EMA_EPOCHS = (0.25, 0.5, 1.0)
 
 

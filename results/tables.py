@@ -118,7 +118,7 @@ TABLES = {
         ("512, whole runs with `--recipe fast`", "fast/seed*"),
         ("the same, with Muon's factor 7/3", "fast/factor-7-3-seed*"),
     ]),
-    "holdout": ("change", ["LRMAX", "accuracy", "ahead", "seeds"], [
+    "holdout": ("change", ["LRMAX", "accuracy", "ahead", "flip TTA", "seeds"], [
         ("none", "h100/holdout-lr-max-0.06-seed*"),
         ("LRMAX halved", "h100/holdout-lr-max-0.03-seed*"),
         ("LRMAX doubled", "h100/holdout-lr-max-0.12-seed*"),
