@@ -6,8 +6,10 @@ They need no data set: most run on small records that they write, and some check
 import dataclasses
 import itertools
 import json
+import math
 import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -568,22 +570,56 @@ def run_of_best_tuning(monkeypatch):
         return runs[0]
 
     monkeypatch.setattr(train, "start_run", keep_run)
-    split = random_split(60)
-    values = {**best_tuning.RUNS["seed6"], "images": 40}
-    record = best_tuning.train_run(values, split, split, seed=0)
+    monkeypatch.setattr(best_tuning, "BATCH_SIZE", 16)
+    split = random_split(40)
+    record = best_tuning.train_run(best_tuning.RUNS["seed2"], split, split, seed=0)
     return record, runs[0]
 
 
 def test_a_run_of_best_tuning_trains_with_its_values(run_of_best_tuning):
     record, run = run_of_best_tuning
     assert record["values"] == {
-        "images": 40, "cutout": 12, "label_smoothing": 0.1, "padding": 4, "muon_lr": 0.05}
-    assert len(run.training.labels) == 40
+        "muon_lr": 0.05, "cutout": 8, "label_smoothing": 0.1, "padding": 4, "first_by": "muon",
+        "mixed": 0}
     assert run.recipe == train.Recipe(
-        epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06, cutout=12,
+        epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06,
         label_smoothing=0.1)
     assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(0.05 / 300)  # of the last step
     assert type(run.model) is best_tuning.HalfResNet
+
+
+def test_muon_can_have_the_first_convolution_too(run_of_best_tuning):
+    _, run = run_of_best_tuning
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            norm = math.sqrt(len(module.weight))  # Muon's, but for its last, small step
+            assert module.weight.norm().item() == pytest.approx(norm, rel=0.01)
+    train.check_parameters(run)  # none is lost
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_mixed_image_has_the_labels_of_both_by_their_parts(share):
+    count = 200
+    shown = []
+
+    def forward(images):
+        shown.append(images)
+        return torch.randn(count, 10, generator=torch.Generator().manual_seed(0))
+
+    run = types.SimpleNamespace(forward=forward, recipe=train.Recipe(label_smoothing=0))
+    labels = torch.arange(count) % 10
+    images = labels.view(count, 1, 1, 1).float().expand(count, 3, 32, 32)  # show their label
+    mixed_loss = best_tuning.mixed_cross_entropy(share, torch.Generator().manual_seed(1))
+    loss, logits = mixed_loss(run, images, labels)
+
+    shown_labels = shown[0][:, 0].flatten(1).long()
+    log_probabilities = logits.log_softmax(1)
+    of_pixels = -log_probabilities.gather(1, shown_labels)
+    assert loss.item() == pytest.approx(of_pixels.mean().item(), rel=1e-5)
+    is_foreign = shown_labels != labels.view(count, 1)
+    assert set(is_foreign.sum(1).tolist()) <= {0, 16 * 16}
+    # One image in ten is mixed with one of its own class.
+    assert is_foreign.any(1).float().mean().item() == pytest.approx(0.9 * share, abs=0.1)
 
 
 def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(run_of_best_tuning):
