@@ -4,8 +4,8 @@
 
 Half the channels make a quarter of the parameters. A quarter of the training images, in
 batches of a quarter, makes as many steps as the whole data set, with about as much noise in
-each. Such a run takes a tenth of the time. It is evaluated on the last 15,000 training images,
-on the CPU and in bf16, and keeps several moving averages (EMA) of its weights.
+each. Such a run takes a tenth of the computing time. It is evaluated on the last 15,000 training
+images, on the CPU and in bf16, and keeps several moving averages (EMA) of its weights.
 """
 
 import copy
