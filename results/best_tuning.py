@@ -1,4 +1,4 @@
-"""Tune a recipe of 24 epochs with Muon, on a quarter of everything.
+"""Tune a recipe of 24 epochs with Muon, on a quarter of the network and the images.
 
     python results/best_tuning.py NAME ...     train these runs; without NAME, all of them
 
@@ -28,8 +28,8 @@ HELD_OUT = 15_000
 EPOCHS = 24
 LR_MAX = 0.06  # Adam's
 
-# What was tried: for each seed, the values of these names.
-# `mixed` is the share of images in which a square shows another image (CutMix).
+# What was tried: for each seed, the values of these names. `first_by` is the optimizer of the
+# first convolution. `mixed` is the share of images that `mixed_cross_entropy` mixes.
 VALUE_NAMES = ("muon_lr", "cutout", "label_smoothing", "padding", "first_by", "mixed")
 VALUES_OF_SEEDS = {
     0: (0.05, 0, 0.1, 2, "adam", 0),

@@ -559,9 +559,10 @@ def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
 
 
 @pytest.fixture
-def run_of_best_tuning(monkeypatch):
-    """Train a run of the study for one epoch. Return its record and its Run."""
+def train_one_epoch(monkeypatch):
+    """Return a function that trains a run of the study for one epoch: its record, its Run."""
     monkeypatch.setattr(best_tuning, "EPOCHS", 1)
+    monkeypatch.setattr(best_tuning, "BATCH_SIZE", 16)
     runs = []
     start_run = train.start_run
 
@@ -570,31 +571,52 @@ def run_of_best_tuning(monkeypatch):
         return runs[0]
 
     monkeypatch.setattr(train, "start_run", keep_run)
-    monkeypatch.setattr(best_tuning, "BATCH_SIZE", 16)
-    split = random_split(40)
-    record = best_tuning.train_run(best_tuning.RUNS["seed2"], split, split, seed=0)
-    return record, runs[0]
+
+    def train_named(name):
+        split = random_split(40)
+        record = best_tuning.train_run(best_tuning.RUNS[name], split, split, seed=0)
+        return record, runs[0]
+
+    return train_named
 
 
-def test_a_run_of_best_tuning_trains_with_its_values(run_of_best_tuning):
-    record, run = run_of_best_tuning
+def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
+    record, run = train_one_epoch("seed2")
     assert record["values"] == {
         "muon_lr": 0.05, "cutout": 8, "label_smoothing": 0.1, "padding": 4, "first_by": "muon",
         "mixed": 0}
     assert run.recipe == train.Recipe(
         epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06,
         label_smoothing=0.1)
+    assert run.precision == "bf16"
+    assert run.loss is train.cross_entropy
     assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(0.05 / 300)  # of the last step
     assert type(run.model) is best_tuning.HalfResNet
 
 
-def test_muon_can_have_the_first_convolution_too(run_of_best_tuning):
-    _, run = run_of_best_tuning
+def test_muon_can_have_the_first_convolution_too(train_one_epoch):
+    _, run = train_one_epoch("seed2")
     for module in run.model.modules():
         if isinstance(module, torch.nn.Conv2d):
             norm = math.sqrt(len(module.weight))  # Muon's, but for its last, small step
             assert module.weight.norm().item() == pytest.approx(norm, rel=0.01)
     train.check_parameters(run)  # none is lost
+
+
+def test_a_run_with_mixed_images_trains_with_their_loss(train_one_epoch, monkeypatch):
+    shares = []
+    mixed_cross_entropy = best_tuning.mixed_cross_entropy
+
+    def keep_share(share, generator):
+        shares.append(share)
+        return mixed_cross_entropy(share, generator)
+
+    monkeypatch.setattr(best_tuning, "mixed_cross_entropy", keep_share)
+    _, run = train_one_epoch("seed8")
+    assert shares == [0.5]
+    assert run.loss is not train.cross_entropy
+    # Adam has the first convolution here.
+    assert run.model.prep[0].weight is run.optimizer.param_groups[0]["params"][0]
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -622,8 +644,8 @@ def test_a_mixed_image_has_the_labels_of_both_by_their_parts(share):
     assert is_foreign.any(1).float().mean().item() == pytest.approx(0.9 * share, abs=0.1)
 
 
-def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(run_of_best_tuning):
-    record, run = run_of_best_tuning
+def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(train_one_epoch):
+    record, run = train_one_epoch("seed2")
     averages = record["averages"]
     assert [average["ema_epochs"] for average in averages] == [0.25, 0.5, 1.0]
     assert len({average["loss"] for average in averages}) == 3
