@@ -333,6 +333,7 @@ def table_of_means():
 def draw(name):
     """Draw the first sweep of a case and its accuracies, with what each rule picks."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
     record = load_record(name)
     first_sweep = record["sweeps"][0]
     rates, accuracies = mean_accuracies(record)
@@ -343,6 +344,7 @@ def draw(name):
     loss_axes.set(xlabel="learning rate", ylabel="loss of the sweep", xscale="log")
     accuracy_axes.plot(rates, accuracies, ".-", color="gray")
     accuracy_axes.set(xlabel="LRMAX", ylabel="accuracy after training", xscale="log")
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
     for number, (label, rule) in enumerate(rules.RULES.items()):
         picked = picked_rates(name, rule)[0]
         style = "-" if rule is rules.ours else "--"  # dashes show a line below another one

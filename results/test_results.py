@@ -562,7 +562,6 @@ def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
 def train_one_epoch(monkeypatch):
     """Return a function that trains a run of the study for one epoch: its record, its Run."""
     monkeypatch.setattr(best_tuning, "EPOCHS", 1)
-    monkeypatch.setattr(best_tuning, "BATCH_SIZE", 16)
     runs = []
     start_run = train.start_run
 
@@ -574,7 +573,8 @@ def train_one_epoch(monkeypatch):
 
     def train_named(name):
         split = random_split(40)
-        record = best_tuning.train_run(best_tuning.RUNS[name], split, split, seed=0)
+        values = {**best_tuning.RUNS[name], "batch_size": 16}
+        record = best_tuning.train_run(values, split, split, seed=0)
         return record, runs[0]
 
     return train_named
@@ -584,7 +584,7 @@ def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
     record, run = train_one_epoch("seed2")
     assert record["values"] == {
         "muon_lr": 0.05, "cutout": 8, "label_smoothing": 0.1, "padding": 4, "first_by": "muon",
-        "mixed": 0}
+        "mixed": 0, "batch_size": 16}
     assert run.recipe == train.Recipe(
         epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06,
         label_smoothing=0.1)
