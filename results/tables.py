@@ -68,6 +68,8 @@ TABLES = {
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
         ("`--recipe fast` | two CPU cores", "fast/seed*"),
         ("`--optimizer muon` | two CPU cores", "muon/seed*"),
+        ("`--optimizer muon --muon-lr-factor 1.2 --label-smoothing 0.1` | two CPU cores",
+         "muon/factor-1.2-smoothing-0.1-seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
