@@ -2407,7 +2407,7 @@ def test_a_checkpoint_of_a_network_that_was_changed_since_is_not_called_damaged(
     quick_workplace.run(*command)
     monkeypatch.setattr(train, "ResNet", SmallResNet)
     assert quick_workplace.fail(*command) == (
-        "run.pt does not fit the network or the optimizer.\n"
+        "run.pt does not fit the network or the optimizer (RuntimeError).\n"
         "If you changed the code since, undo that, or choose another --checkpoint.")
 
 

@@ -1743,37 +1743,30 @@ class Recorder:
             figure_path(self.options.output, name).unlink(missing_ok=True)
 
     def resume(self):
-        """Continue from the checkpoint, or raise UserError if it is not one of this run.
-
-        The report keeps the environment in which the run began.
-        """
+        """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
-        try:
+        with raise_user_error(f"{path} is not a readable checkpoint",
+                              "Delete it or choose another --checkpoint."):
             saved = torch.load(path, map_location=self.run.device, weights_only=True)
             differences = differing_settings(saved["report"], self.report)
-        except Exception as error:  # a damaged file raises errors of many types
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).\n"
-                            "Delete it or choose another --checkpoint.") from None
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
                             "same options, delete the checkpoint, or choose another one.")
-        try:
+        with raise_user_error(f"{path} does not fit the network or the optimizer",
+                              "If you changed the code since, undo that, or choose another "
+                              "--checkpoint."):
             self.run.load_state(saved["run"])
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"{path} does not fit the network or the optimizer.\nIf you changed "
-                            "the code since, undo that, or choose another --checkpoint."
-                            ) from None
+        self.continue_report(saved["report"])
+
+    def continue_report(self, saved):
+        """Go on with the report of a checkpoint. Its environment is that of the first process."""
         current_environment = self.report["environment"]
         for section in ("environment", "rates", "lr_sweep", "epochs"):
-            self.report[section] = saved["report"][section]
-        self.report["continued_in"] = saved["report"].get("continued_in", [])
+            self.report[section] = saved[section]
+        self.report["continued_in"] = saved.get("continued_in", [])
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
-        self.summary.update(saved["report"]["summary"])
+        self.summary.update(saved["summary"])
         # The seconds of earlier processes count, too. So the start moves back by them.
         self.started -= self.summary["total_seconds"]
 
@@ -1801,6 +1794,17 @@ class Recorder:
             self.save_report()
         with warn_if_write_fails():
             self.save_checkpoint()
+
+
+@contextlib.contextmanager
+def raise_user_error(message, advice):
+    """Turn errors of all types into a UserError, but let a lack of memory pass."""
+    try:
+        yield
+    except Exception as error:  # a damaged file raises errors of many types
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{message} ({type(error).__name__}).\n{advice}") from None
 
 
 @contextlib.contextmanager
