@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import sys
 import tarfile
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1619,6 +1621,38 @@ def test_weights_that_two_layers_share_are_averaged_once():
     assert run.averaged[3].weight.flatten().tolist() == pytest.approx([0.25] * 100)
 
 
+class BufferNetwork(nn.Module):
+    """A network with buffers of several kinds: a mask, a flag, a count of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 10)
+        self.register_buffer("mask", torch.full((1,), -torch.inf))
+        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.seen.fill_(True)
+            self.calls += 1
+        return self.linear(x.flatten(1)) + torch.exp(self.mask)
+
+
+def test_buffers_that_are_no_running_statistics_are_copied_after_each_epoch():
+    recipe = Recipe(epochs=2, batch_size=4)
+    run = small_run(recipe, model=BufferNetwork)  # two steps in an epoch
+    for _ in train.train_epochs(run, STEP_RATES):
+        assert run.averaged.mask.item() == -math.inf
+        assert run.averaged.seen.item()
+        assert run.averaged.calls.item() == 2 * run.epoch
+
+
+def test_buffers_that_are_no_running_statistics_are_not_averaged():
+    run = small_run(model=BufferNetwork)
+    train.update_average(run, step=1)
+    assert run.averaged.mask.item() == -math.inf
+
+
 def test_the_random_numbers_of_the_caller_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -2124,6 +2158,47 @@ def test_full_batches_go_through_the_graph_with_every_loss(graphs, loss):
     assert graphs.replayed == [4, 4] * 2
 
 
+def test_the_graph_is_for_training_alone(graphs):
+    run = run_on_a_faked_gpu()
+    train.begin_training(run)
+    run.model.eval()
+    run.forward(run.test.images[:4])
+    assert not graphs.replayed
+    run.model.train()
+    run.forward(run.test.images[:4])
+    assert graphs.replayed == [4]
+
+
+def test_no_graph_is_captured_while_layers_are_frozen(graphs):
+    run = run_on_a_faked_gpu()
+    run.model.prep.requires_grad_(False)
+    with pytest.warns(match="frozen"):
+        train.begin_training(run)
+    assert run.graph is None
+
+
+def test_the_graph_of_an_earlier_run_is_freed_before_the_next_capture(graphs, monkeypatch):
+    capture = torch.cuda.make_graphed_callables
+    gc.collect()
+    gc.disable()  # so that it is not freed by chance
+    try:
+        run = run_on_a_faked_gpu()
+        train.begin_training(run)
+        earlier = weakref.ref(run.graph)
+        run.graph.cycle = run.graph  # as in PyTorch's
+        del run
+
+        def capture_alone(*arguments):
+            assert earlier() is None
+            return capture(*arguments)
+
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture_alone)
+        train.begin_training(run_on_a_faked_gpu())
+    finally:
+        gc.enable()
+    assert earlier() is None
+
+
 def test_no_graph_is_captured_if_it_is_not_wanted(graphs):
     run = run_on_a_faked_gpu(cuda_graph=False)
     train.find_rates(run)
@@ -2366,7 +2441,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     files = [Path(name).read_bytes() for name in ("run.pt", "run.json")]
     assert quick_workplace.fail(*command, *arguments) == (
         f"run.pt is of another run: {differences}.\n"
-        "Give the same options, delete the checkpoint, or choose another one.")
+        "Give the options of that run, also --device and --precision if this is another "
+        "machine.\nOr choose another --checkpoint.")
     assert [Path(name).read_bytes() for name in ("run.pt", "run.json")] == files
 
 
@@ -2399,6 +2475,14 @@ def test_what_is_no_checkpoint_is_refused_and_left_as_it_is(quick_workplace, dam
     assert re.fullmatch(r"run\.pt is not a readable checkpoint \(\w+\)\.\n"
                         r"Delete it or choose another --checkpoint\.", message)
     assert Path("run.pt").read_bytes() == damaged
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(
+        quick_workplace, monkeypatch):
+    Path("run.pt").write_text("a checkpoint")
+    monkeypatch.setattr(torch, "load", raiser(OSError("Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        quick_workplace.run("--checkpoint", "run.pt", "--epochs", 1, *RATES)
 
 
 def test_a_checkpoint_of_a_network_that_was_changed_since_is_not_called_damaged(
@@ -2602,10 +2686,24 @@ def test_a_network_that_was_given_to_a_run_keeps_the_scale_of_its_logits(tmp_pat
     assert train.load_weights(tmp_path / "weights.pt")[0].logit_scale == 1
 
 
-def test_the_weights_of_another_network_are_not_saved(tmp_path):
-    run = small_run(model=linear_network)
+class OtherResNet(train.ResNet):
+    """A ResNet whose weights would fit into the built-in one, but mean something else."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("model", [linear_network, OtherResNet])
+def test_the_weights_of_another_network_are_not_saved(tmp_path, model):
+    run = small_run(model=model)
     with pytest.raises(ValueError, match="^save_weights is for the built-in network"):
         train.save_weights(tmp_path / "weights.pt", run, CLASSES)
+
+
+def test_weights_are_not_saved_without_a_name_for_each_class(tmp_path):
+    with pytest.raises(ValueError, match="^save_weights needs 10 names of classes, because "
+                                         "num_classes is 10, got 9$"):
+        train.save_weights(tmp_path / "weights.pt", small_run(), CLASSES[:9])
 
 
 # ---- A run and what it writes -----------------------------------------------------------

@@ -134,8 +134,8 @@ class Recipe:
     # (EMA) is not.
     ema_epochs: float = recipe_field(
         0.5, (0.0, 1e5), "epochs over which the EMA of the weights averages; 0: no EMA")
-    # A learning rate that suits the convolutions is too large for the last layer. Smaller
-    # logits make its steps smaller.
+    # A learning rate that suits the convolutions is too large for the last layer. With
+    # smaller logits, its steps change the output less.
     logit_scale: float = recipe_field(
         0.125, (1e-6, 1e6), "the logits are multiplied by this")
     initialization: str = recipe_field(
@@ -165,7 +165,8 @@ class Recipe:
 
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
-# EMA. "plain" is the recipe of a course. Where the course names no value, "plain" has PyTorch's.
+# EMA. "plain" is the recipe of a course. Where the course names no value, "plain" mostly has
+# PyTorch's.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=6, optimizer="muon", padding=2, cutout=0, ema_epochs=0.25),
@@ -557,10 +558,11 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    The step replaces the gradient by the nearest matrix (out, in x height x width) whose
-    singular values are near 1. So all directions of the matrix learn at one speed.
-    `momentum` has the shape of `weight`. It is the fading sum of all gradients, which the
-    step updates, too. `dtype` is that of the matrix products.
+    The step sees the sum of gradient and momentum as a matrix (out, in x height x width). It
+    moves the weight by the nearest matrix whose singular values are near 1. So all
+    directions of the matrix learn at one speed. `momentum` has the shape of `weight`. It is
+    the fading sum of all gradients, which the step updates, too. `dtype` is that of the
+    matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
@@ -708,10 +710,12 @@ class Run:
     def forward(self, images):
         """Return the model's logits (B, classes) in fp32.
 
-        Full batches go through the CUDA graph, if there is one.
+        In training mode, full batches go through the CUDA graph, if there is one.
         """
+        network = self.model
         is_full_batch = len(images) == self.recipe.batch_size
-        network = self.graph if self.graph is not None and is_full_batch else self.model
+        if self.graph is not None and is_full_batch and self.model.training:
+            network = self.graph
         with self.autocast():
             logits = network(images)
         self.check_logits(logits)
@@ -941,9 +945,7 @@ def begin_training(run):
     if run.device == "cpu":
         keep_freed_memory()
     run.model.train()
-    if run.graph is not None:
-        run.graph = None
-        gc.collect()  # frees its memory: it is part of a reference cycle
+    run.graph = None
     if run.cuda_graph:
         run.graph = capture_graph(run)
 
@@ -988,10 +990,16 @@ def capture_graph(run):
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
     starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
-    kernels themselves are slow, so a graph would gain nothing.
+    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
+    that were frozen when it was captured.
     """
     if run.device != "cuda" or run.precision != "bf16" or type(run.model) is not ResNet:
         return None
+    if not all(parameter.requires_grad for parameter in run.model.parameters()):
+        return None
+    # Earlier graphs, also those of other runs, are part of reference cycles. This frees their
+    # memory.
+    gc.collect()
     images, _ = next(augmented_batches(run, 0))
     before = copy.deepcopy(run.model.state_dict())
     # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
@@ -1057,11 +1065,24 @@ def update_average(run, step):
     update(averaged_tensors(run.averaged), averaged_tensors(run.model), None)
 
 
+RUNNING_STATISTICS = ("running_mean", "running_var")  # names of BatchNorm's buffers
+
+
 def averaged_tensors(module):
-    """Return a module's weights and statistics, without BatchNorm's counts of batches."""
+    """Return a module's weights, and the running statistics of its BatchNorms."""
     # Unlike state_dict(), this lists weights that two layers share once.
-    tensors = [*module.parameters(), *module.buffers()]
-    return [values for values in tensors if values.is_floating_point()]
+    weights = [values for values in module.parameters() if values.is_floating_point()]
+    statistics = [values for name, values in module.named_buffers()
+                  if name.endswith(RUNNING_STATISTICS)]
+    return weights + statistics
+
+
+def copy_other_buffers(run):
+    """Give the averaged model the buffers that have no average, such as masks and counts."""
+    copies = dict(run.averaged.named_buffers())
+    for name, values in run.model.named_buffers():
+        if not name.endswith(RUNNING_STATISTICS):
+            copies[name].copy_(values)
 
 
 # ---- One-cycle ------------------------------------------------------------------------
@@ -1120,10 +1141,8 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# The loss has risen once it is above its lowest value by 3% of that, or by 10% of its fall,
-# whichever is less.
-RISE = 0.03
-FALL_PART = 0.1
+RISE = 0.03  # of the lowest loss, see `sweep_edges`
+FALL_PART = 0.1  # of the loss's fall
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1139,8 +1158,9 @@ def find_rates(run, on_step=None):
     UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
-    # About 200 steps: one to two epochs. Fewer than 120, 20 for each factor of 10, would be
-    # too coarse, because the loss rises only some steps after the rate became too high.
+    # About 200 steps, but at least one epoch and at most two. With few images, it is 120 steps,
+    # 20 for each factor of 10. Fewer would be too coarse, because the loss rises only some
+    # steps after the rate became too high.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
@@ -1274,7 +1294,7 @@ def read_sweep(lrs, smoothed, adam_steps):
 def why_uncertain(smoothed):
     """Return why a sweep's LRMAX is uncertain, and what to try; None if it is not."""
     _, last = sweep_edges(smoothed)
-    advice = "Try a quarter, half and twice this LRMAX, too"
+    advice = "Try a quarter, half, twice and four times this LRMAX, too"
     if last + 1 == len(smoothed):
         return f"the loss of the sweep never rose, so LRMAX is uncertain. {advice}"
     fall = smoothed[0] - min(smoothed)
@@ -1344,6 +1364,7 @@ def train_epochs(run, rates, on_step=None):
     while run.epoch < run.recipe.epochs:
         run.mid_epoch = True
         row = train_epoch(run, rates, on_step)
+        copy_other_buffers(run)
         seconds = time.perf_counter() - started
         row.update(evaluate_run(run))
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
@@ -1581,11 +1602,15 @@ def write_file(path, save=None):
 def save_weights(path, run, classes):
     """Write the weights of a ResNet and all else that is needed to classify images.
 
-    Raise ValueError for another network: `load_weights` would not know how to make it.
+    Raise ValueError for another network, also of a subclass: `load_weights` would not know
+    how to make it. Each class of the run needs a name.
     """
-    if not isinstance(run.model, ResNet):
+    if type(run.model) is not ResNet:
         raise ValueError("save_weights is for the built-in network. Save that of your own "
                          "with torch.save(run.averaged.state_dict(), path)")
+    if len(classes) != run.num_classes:
+        raise ValueError(f"save_weights needs {run.num_classes} names of classes, because "
+                         f"num_classes is {run.num_classes}, got {len(classes)}")
     # A network that was given to the run has a scale of its own.
     recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
@@ -1751,7 +1776,8 @@ class Recorder:
             differences = differing_settings(saved["report"], self.report)
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
-                            "same options, delete the checkpoint, or choose another one.")
+                            "options of that run, also --device and --precision if this is "
+                            "another machine.\nOr choose another --checkpoint.")
         with raise_user_error(f"{path} does not fit the network or the optimizer",
                               "If you changed the code since, undo that, or choose another "
                               "--checkpoint."):
@@ -1798,11 +1824,14 @@ class Recorder:
 
 @contextlib.contextmanager
 def raise_user_error(message, advice):
-    """Turn errors of all types into a UserError, but let a lack of memory pass."""
+    """Turn the many types of errors that a damaged file raises into a UserError.
+
+    A lack of memory and an error of the disk pass: the file may be whole.
+    """
     try:
         yield
-    except Exception as error:  # a damaged file raises errors of many types
-        if is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OSError):
             raise
         raise UserError(f"{message} ({type(error).__name__}).\n{advice}") from None
 
@@ -2289,7 +2318,7 @@ def print_interruption(options):
 def main(argv=()):
     """Run with these arguments, a list like ["--epochs", "10"].
 
-    Return the report, a dictionary. With --runs, return a list of reports.
+    Return the report, a dictionary. With --runs above 1, return a list of reports.
     """
     recipe, options = parse_arguments(argv)
     data = load_data(options)

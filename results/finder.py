@@ -319,9 +319,10 @@ def table_of_cases():
 def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
-    groups = {"first": FIRST_CASES, "later": LATER_CASES, "newest": NEWEST_CASES}
+    groups = {"the {} first": FIRST_CASES, "the {} later": LATER_CASES,
+              "the {} newest": NEWEST_CASES, "all {}": CASES}
     for group, cases in groups.items():
-        title = f"the {len(cases)} {group} cases"
+        title = f"{group.format(len(cases))} cases"
         regrets = []  # a row for each rule
         for rule in rules.RULES.values():
             regrets.append([regret(name, rule) for name in cases])
