@@ -581,6 +581,8 @@ def test_sweep_training_and_other_seeds_have_random_numbers_of_their_own():
             generator = train.epoch_generator(seed, epoch, "cpu")
             first_numbers.add(torch.randint(2**62, (), generator=generator).item())
     assert len(first_numbers) == 4 * (101 + 180)
+    # So no epoch of a seed is one of the next seed, either.
+    assert train.SEED_STRIDE > max(train.MAX_EPOCHS, epochs_of_sweep[-1])
 
 
 def test_images_stay_with_their_labels_and_without_flips_none_is_mirrored():
@@ -1217,6 +1219,13 @@ def test_full_precision_needs_no_autocast(monkeypatch):
     # PyTorch 2.7 warns of fp32 on Apple GPUs, even if autocast is not enabled.
     monkeypatch.setattr(torch, "autocast", raiser(AssertionError))
     assert run.forward(run.test.images).dtype == torch.float32
+
+
+def test_autocast_keeps_no_copies_of_weights():
+    run = small_run(precision="bf16", model=linear_network)
+    with run.autocast():
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()
 
 
 @pytest.mark.parametrize("precision, searches", [
@@ -2093,9 +2102,11 @@ class FakeGraphs:
 
     def __init__(self):
         self.replayed = []
+        self.searched_for_fast_kernels = False
 
     def make_graphed_callables(self, module, arguments):
         """Do as PyTorch's: run some steps, and replace the module's `forward`."""
+        self.searched_for_fast_kernels = torch.backends.cudnn.benchmark
         module(*arguments)
         forward = module.forward
 
@@ -2152,21 +2163,88 @@ def test_all_ends_with_the_graph_as_without_it(graphs):
     assert same_state(*ends)
 
 
+def test_the_graph_is_captured_with_fast_kernels(graphs):
+    train.begin_training(run_on_a_faked_gpu())
+    assert graphs.searched_for_fast_kernels
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("loss", [None, squared_error])
 def test_full_batches_go_through_the_graph_with_every_loss(graphs, loss):
     list(train.train_epochs(run_on_a_faked_gpu(loss=loss), STEP_RATES))
     assert graphs.replayed == [4, 4] * 2
 
 
-def test_the_graph_is_for_training_alone(graphs):
-    run = run_on_a_faked_gpu()
-    train.begin_training(run)
+def loss_of_two_views(run, images, labels):
+    run.forward(images.flip(-1))
+    return train.cross_entropy(run, images, labels)
+
+
+def loss_of_larger_images(run, images, labels):
+    return train.cross_entropy(run, F.pad(images, (1, 1, 1, 1)), labels)
+
+
+def loss_with_gradients_of_images(run, images, labels):
+    return train.cross_entropy(run, images.clone().requires_grad_(), labels)
+
+
+def loss_in_evaluation(run, images, labels):
     run.model.eval()
-    run.forward(run.test.images[:4])
-    assert not graphs.replayed
+    loss, logits = train.cross_entropy(run, images, labels)
+    run.model.train()
+    return loss, logits
+
+
+@pytest.mark.parametrize("loss, replays", [
+    (loss_of_two_views, [4, 4]),  # once in each step with a full batch
+    (loss_of_larger_images, []), (loss_with_gradients_of_images, []), (loss_in_evaluation, [])])
+def test_the_graph_serves_only_what_it_can_compute(graphs, loss, replays):
+    run = run_on_a_faked_gpu(loss=loss)
+    next(train.train_epochs(run, STEP_RATES))
+    assert graphs.replayed == replays
+
+
+def test_the_graph_serves_only_the_loss_of_a_step(graphs):
+    run = run_on_a_faked_gpu()
+
+    def compute_more(*_):
+        run.forward(run.test.images[:4])
+
+    run.optimizer.register_step_pre_hook(compute_more)
+    next(train.train_epochs(run, STEP_RATES))
     run.model.train()
     run.forward(run.test.images[:4])
-    assert graphs.replayed == [4]
+    assert graphs.replayed == [4, 4]
+
+
+def test_no_graph_is_left_after_the_sweep_and_the_training(graphs):
+    run = run_on_a_faked_gpu()
+    train.find_rates(run)
+    assert run.graph is None
+    for _ in train.train_epochs(run, STEP_RATES):
+        assert run.graph is not None
+    assert run.graph is None
+
+
+def test_a_failed_capture_changes_nothing_and_says_what_to_try(graphs, monkeypatch):
+    def fail(module, arguments):
+        module(*arguments)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    run = run_on_a_faked_gpu()
+    before = state_without_seconds(run)
+    with pytest.raises(RuntimeError, match=r"Try start_run\(\.\.\., cuda_graph=False\)"):
+        train.find_rates(run)
+    assert same_state(state_without_seconds(run), before)
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_capture_without_memory_is_called_so(graphs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables",
+                        raiser(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        train.begin_training(run_on_a_faked_gpu())
 
 
 def test_no_graph_is_captured_while_layers_are_frozen(graphs):
@@ -2357,8 +2435,10 @@ def test_a_stopped_run_says_where_its_epochs_are_and_how_to_continue(
         quick_workplace, monkeypatch, capsys, usual_signals, number, code, arguments,
         how_to_continue):
     before_steps(monkeypatch, {4: lambda: signal.raise_signal(number)})
-    assert run_as_process(monkeypatch, *arguments) == code
-    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert run_as_process(monkeypatch, *arguments) == code  # as of a shell: 128 + number
+    screen = capsys.readouterr()
+    assert screen.err == ("\ninterrupted\n" if number == signal.SIGINT else "")
+    first, second = screen.out.splitlines()[-2:]
     assert first == "stopped  run.json has the epochs that were completed"
     assert re.fullmatch(how_to_continue, second)
     assert len(quick_workplace.report()["epochs"]) == 1
@@ -2501,6 +2581,17 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_damaged(
     monkeypatch.setattr(torch, "load", raiser(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         quick_workplace.run("--checkpoint", "run.pt", "--epochs", 1, *RATES)
+
+
+def test_a_report_has_the_accuracies_without_and_with_flip_tta(quick_workplace, monkeypatch):
+    def predict_logits(run, images, tta=False):
+        correct = F.one_hot(run.test.labels, 10).float()
+        return -correct if tta else correct
+
+    monkeypatch.setattr(train, "predict_logits", predict_logits)
+    summary = quick_workplace.run("--epochs", 1, *RATES)["summary"]
+    assert summary["final_test_accuracy"] == 1
+    assert summary["tta_test_accuracy"] == 0
 
 
 def test_no_epochs_find_the_rates_and_stop(quick_workplace, sweeps, capsys, monkeypatch):
@@ -3583,11 +3674,6 @@ def exit_code_after(error, monkeypatch):
 @pytest.mark.parametrize("error", [train.UserError("a sentence"), OSError("a sentence")])
 def test_a_process_ends_with_an_expected_error_as_a_sentence(monkeypatch, error):
     assert exit_code_after(error, monkeypatch) == "error: a sentence"
-
-
-def test_a_process_that_is_interrupted_ends_with_code_130(monkeypatch, capsys):
-    assert exit_code_after(KeyboardInterrupt(), monkeypatch) == 130  # as a shell: 128 + 2
-    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize("error", [

@@ -667,8 +667,9 @@ class Run:
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
       seed decides.
-    - `cuda_graph`: on NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph, which
-      does not call the network's hooks. False turns it off.
+    - `cuda_graph`: on NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. Then
+      hooks of its layers and weights do not work, and each step overwrites the gradients of
+      the one before, so clone what you keep. False turns it off.
     - `optimizer` can be set on the run, before the sweep.
     """
     recipe: Recipe
@@ -692,6 +693,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
+    graph_is_free: bool = False  # it has not been used in this step yet
 
     @property
     def dtype(self):
@@ -710,16 +712,26 @@ class Run:
     def forward(self, images):
         """Return the model's logits (B, classes) in fp32.
 
-        In training mode, full batches go through the CUDA graph, if there is one.
+        In a step, a full batch goes through the CUDA graph, if there is one.
         """
         network = self.model
-        is_full_batch = len(images) == self.recipe.batch_size
-        if self.graph is not None and is_full_batch and self.model.training:
+        if self.graph_fits(images):
             network = self.graph
+            self.graph_is_free = False
         with self.autocast():
             logits = network(images)
         self.check_logits(logits)
         return logits.float()
+
+    def graph_fits(self, images):
+        """Tell whether the CUDA graph can take these images.
+
+        It serves one forward pass of a step: a second one would overwrite what the backward
+        pass of the first one needs. It knows neither evaluation nor gradients of images.
+        """
+        if self.graph is None or not self.graph_is_free or images.requires_grad:
+            return False
+        return self.model.training and images.shape == self.graph.input_shape
 
     def check_logits(self, logits):
         """Raise ValueError if an image has fewer logits than there are classes."""
@@ -1004,13 +1016,21 @@ def capture_graph(run):
     before = copy.deepcopy(run.model.state_dict())
     # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    flags = torch.backends.cudnn.flags(
-        enabled=True, benchmark=True, deterministic=torch.backends.cudnn.deterministic,
-        allow_tf32=torch.backends.cudnn.allow_tf32)
-    # nn.Sequential, because the capture replaces the `forward` of the module it is given.
-    with run.autocast(), flags:
-        graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
-    run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
+    before_search = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        # nn.Sequential, because the capture replaces the `forward` of the module it is given.
+        with run.autocast():
+            graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError("the network could not become a CUDA graph. Try start_run(..., "
+                           "cuda_graph=False)") from error
+    finally:
+        torch.backends.cudnn.benchmark = before_search
+        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
+    graph.input_shape = images.shape
     return graph
 
 
@@ -1043,7 +1063,9 @@ def train_step(run, images, labels, lr, beta1):
     are not part of a step, see `update_average`.
     """
     set_lr_and_beta1(run.optimizer, lr, beta1)
+    run.graph_is_free = True
     loss, logits = run.loss(run, images, labels)
+    run.graph_is_free = False  # a hook may compute more logits
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)  # for hooks of the step, such as gradient clipping
@@ -1165,10 +1187,11 @@ def find_rates(run, on_step=None):
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
     before = run.state()
-    begin_training(run)
     try:
+        begin_training(run)
         lrs, losses = record_sweep(run, steps, half_decade, on_step)
     finally:
+        run.graph = None  # its memory becomes free
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
     adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0
@@ -1379,6 +1402,7 @@ def train_epochs(run, rates, on_step=None):
                "images_per_second": len(run.training.labels) / seconds,
                "elapsed_seconds": run.seconds}
         started = time.perf_counter()  # what the caller does with a row does not count
+    run.graph = None  # its memory becomes free
 
 
 def train_epoch(run, rates, on_step=None):

@@ -25,23 +25,23 @@ import train  # noqa: E402
 
 TRAINING_IMAGES = 12_500
 HELD_OUT = 15_000
-EPOCHS = 24
+WATCHED = 1000  # so many of these are enough after each epoch
 LR_MAX = 0.06  # Adam's
 
 # What was tried: for each seed, the values of these names. `first_by` is the optimizer of the
 # first convolution. `mixed` is the share of images that `mixed_cross_entropy` mixes.
 VALUE_NAMES = ("muon_lr", "cutout", "label_smoothing", "padding", "first_by", "mixed",
-               "batch_size")
+               "batch_size", "epochs", "precision")
 VALUES_OF_SEEDS = {
-    0: (0.05, 0, 0.1, 2, "adam", 0, 128),
-    2: (0.05, 8, 0.1, 4, "muon", 0, 128),
-    3: (0.05, 8, 0.2, 2, "adam", 0, 128),
-    4: (0.1, 0, 0.1, 4, "adam", 0, 128),
-    7: (0.1, 8, 0.2, 4, "adam", 0, 128),
-    8: (0.1, 0, 0.1, 4, "adam", 0.5, 128),
+    0: (0.05, 0, 0.1, 2, "adam", 0, 128, 24, "bf16"),
+    2: (0.05, 8, 0.1, 4, "muon", 0, 128, 24, "bf16"),
+    3: (0.05, 8, 0.2, 2, "adam", 0, 128, 24, "bf16"),
+    4: (0.1, 0, 0.1, 4, "adam", 0, 128, 24, "bf16"),
+    7: (0.1, 8, 0.2, 4, "adam", 0, 128, 24, "bf16"),
+    8: (0.1, 0, 0.1, 4, "adam", 0.5, 128, 24, "bf16"),
     # Like seed 2, with other batches. The rate changes with the root of their size.
-    9: (0.035, 8, 0.1, 4, "muon", 0, 64),
-    10: (0.07, 8, 0.1, 4, "muon", 0, 256),
+    9: (0.035, 8, 0.1, 4, "muon", 0, 64, 24, "bf16"),
+    10: (0.07, 8, 0.1, 4, "muon", 0, 256, 24, "bf16"),
 }
 RUNS = {f"seed{seed}": dict(zip(VALUE_NAMES, values))
         for seed, values in VALUES_OF_SEEDS.items()}
@@ -107,15 +107,15 @@ def mixed_cross_entropy(share, generator):
 def train_run(values, training, held_out, seed):
     """Train with the values of a run. Return its record."""
     recipe = train.Recipe(
-        epochs=EPOCHS, batch_size=values["batch_size"], optimizer="muon",
+        epochs=values["epochs"], batch_size=values["batch_size"], optimizer="muon",
         muon_lr_factor=values["muon_lr"] / LR_MAX, cutout=values["cutout"],
         padding=values["padding"], label_smoothing=values["label_smoothing"])
     loss = None
     if values["mixed"]:
         loss = mixed_cross_entropy(values["mixed"], torch.Generator().manual_seed(seed))
-    # After each epoch, a few images are enough.
-    run = train.start_run(recipe, training, train.take_images(held_out, slice(1000)), seed,
-                          device="cpu", precision="bf16", model=HalfResNet, loss=loss)
+    run = train.start_run(
+        recipe, training, train.take_images(held_out, slice(WATCHED)), seed, device="cpu",
+        precision=values["precision"], model=HalfResNet, loss=loss)
     if values["first_by"] == "muon":
         give_first_convolution_to_muon(run)
     train.whiten_patches(run.model, run.training.images[:1000])
