@@ -207,7 +207,11 @@ def make_split(images, labels):
     """Return a Split of an array of images (N, H, W, C) and their labels (N,).
 
     CIFAR10 and CIFAR100 of torchvision have this form: `dataset.data, dataset.targets`.
+    Raise ValueError for images of another form.
     """
+    if not isinstance(images, np.ndarray) or images.ndim != 4:
+        raise ValueError("images must be a NumPy array (N, H, W, C), "
+                         f"got {type(images).__name__} {tuple(np.shape(images))}")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Split(images, torch.as_tensor(labels))
 
@@ -661,8 +665,8 @@ class Run:
       weights: given to a second run, it goes on from the first one's.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
-      `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
-      evaluation stays cross-entropy.
+      `cross_entropy` does. It calls `run.forward` once for the logits. If it has parameters
+      of its own, add them to the optimizer. The loss of the evaluation stays cross-entropy.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
@@ -671,6 +675,9 @@ class Run:
       hooks of its layers and weights do not work, and each step overwrites the gradients of
       the one before, so clone what you keep. False turns it off.
     - `optimizer` can be set on the run, before the sweep.
+
+    Of the recipe, only `label_smoothing`, `cutout`, `flips` and `ema_epochs` can be changed
+    between epochs. The other constants have to stay as they are.
     """
     recipe: Recipe
     seed: int
@@ -753,6 +760,14 @@ class Run:
             "precision": self.precision,
         }
 
+    def other_parameters(self):
+        """Return the optimizer's parameters that are not the model's: those of a loss."""
+        model_ids = {id(parameter) for parameter in self.model.parameters()}
+        others = []
+        for group in self.optimizer.param_groups:
+            others += [values for values in group["params"] if id(values) not in model_ids]
+        return others
+
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
@@ -763,6 +778,7 @@ class Run:
             **self.settings(),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
+            "other_parameters": [values.detach() for values in self.other_parameters()],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -784,6 +800,9 @@ class Run:
                 raise ValueError(f"this state is of a run with another {name}")
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
+        with torch.no_grad():
+            for values, saved in zip(self.other_parameters(), state["other_parameters"]):
+                values.copy_(saved)
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         # A new scaler, because after an interrupted step, the old one refuses another.
@@ -927,8 +946,10 @@ def check_sizes(recipe, training, test, is_built_in):
     """Raise ValueError if images do not fit the network, the padding or the cutout."""
     for split in (training, test):
         if is_built_in and split.images.shape[1:] != (3, 32, 32):
-            raise ValueError("the built-in network takes images of 3 x 32 x 32. For others, "
-                             "give a `model` of your own")
+            shape = " x ".join(str(length) for length in split.images.shape[1:])
+            raise ValueError("the built-in network takes images of 3 x 32 x 32 (channels, "
+                             f"height, width), got {shape}. For others, give a `model` of "
+                             "your own")
     channels = training.images.shape[1]
     if test.images.shape[1] != channels:
         raise ValueError(f"training images have {channels} channels, "
@@ -1103,7 +1124,8 @@ def copy_other_buffers(run):
     """Give the averaged model the buffers that have no average, such as masks and counts."""
     copies = dict(run.averaged.named_buffers())
     for name, values in run.model.named_buffers():
-        if not name.endswith(RUNNING_STATISTICS):
+        # A buffer that the model made in training is not in the average.
+        if not name.endswith(RUNNING_STATISTICS) and name in copies:
             copies[name].copy_(values)
 
 
@@ -1371,7 +1393,8 @@ def train_epochs(run, rates, on_step=None):
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
     a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
-    rates = Rates(*rates)
+    lr_min, lr_max, *_ = rates
+    rates = Rates(float(lr_min), float(lr_max))  # NumPy's numbers would get into a state
     if not 0 < rates.lr_min <= rates.lr_max:
         raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
                          f"which is {rates.lr_max:.3g}")
@@ -1513,7 +1536,7 @@ def parse_arguments(argv):
         choose_precision(choose_device(options.device), options.precision)
         if options.output is None:
             options.output = default_output(options.checkpoint)
-        check_files_differ(options)
+        check_files(options)
     except ValueError as error:
         parser.error(str(error))
     return recipe, options
@@ -1576,10 +1599,14 @@ def default_output(checkpoint):
     return f"results/{datetime.now():%Y%m%d-%H%M%S-%f}.json"
 
 
-def check_files_differ(options):
-    """Raise ValueError if two options name the same file."""
-    given = [options.output, options.checkpoint, options.weights]
-    paths = [Path(path).resolve() for path in given if path is not None]
+def check_files(options):
+    """Raise ValueError if an option names a folder, or if two name the same file."""
+    given = [options.checkpoint, options.output, options.weights]
+    names = [name for name in given if name is not None]
+    for name in names:
+        if name.endswith(("/", os.sep)):
+            raise ValueError(f"output, checkpoint and weights must be files, got {name}")
+    paths = [Path(name).resolve() for name in names]
     if len(set(paths)) < len(paths):
         raise ValueError("output, checkpoint and weights must be different files, got "
                          f"{', '.join(str(path) for path in paths)}")
@@ -1777,6 +1804,7 @@ class Recorder:
         self.started = started
         self.report = new_report(run, options)
         self.summary = self.report["summary"]
+        self.was_complete = False  # when the checkpoint was saved
 
     def prepare_files(self):
         """Try all files that the run will write, and write the first report."""
@@ -1789,7 +1817,8 @@ class Recorder:
     def remove_old_figures(self):
         """Remove the figures of an earlier run whose report had the same name."""
         for name in FIGURES:
-            figure_path(self.options.output, name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # most often, there is none
+                figure_path(self.options.output, name).unlink()
 
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
@@ -1817,11 +1846,14 @@ class Recorder:
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
         self.summary.update(saved["summary"])
+        self.was_complete = saved["summary"]["status"] == "complete"
         # The seconds of earlier processes count, too. So the start moves back by them.
         self.started -= self.summary["total_seconds"]
 
     def update_summary(self, status):
-        """Bring the report's summary up to date."""
+        """Bring the report's summary up to date. That of a complete run stays as it is."""
+        if self.was_complete:
+            return
         image_count = self.report["data"]["train_images"]
         self.summary.update(summarize_epochs(self.report["epochs"], image_count))
         self.summary["status"] = status
@@ -1903,8 +1935,8 @@ def show_status(text):
     """Show `text` in place of the last line of a terminal or of a notebook's output."""
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
-        # A longer text would start a new line.
-        width = shutil.get_terminal_size().columns - 1
+        # A longer text would start a new line. Some terminals say that they have 0 columns.
+        width = max(0, shutil.get_terminal_size().columns - 1)
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
@@ -2299,7 +2331,7 @@ def train_and_record(recorder):
             show_status("")
             print(TABLE_ROW.format(**row))
             recorder.save_progress()
-    if report["epochs"]:
+    if report["epochs"] and not recorder.was_complete:
         recorder.summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
         with_tta = evaluate_run(run, tta=True)
         recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
