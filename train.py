@@ -210,8 +210,10 @@ def make_split(images, labels):
     Raise ValueError for images of another form.
     """
     if not isinstance(images, np.ndarray) or images.ndim != 4:
-        raise ValueError("images must be a NumPy array (N, H, W, C), "
-                         f"got {type(images).__name__} {tuple(np.shape(images))}")
+        got = type(images).__name__
+        if hasattr(images, "shape"):
+            got += f" {tuple(images.shape)}"
+        raise ValueError(f"images must be a NumPy array (N, H, W, C), got {got}")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Split(images, torch.as_tensor(labels))
 
@@ -589,6 +591,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": lr_factor}
         super().__init__([*adam.param_groups, muon_group], {})
+        self.defaults = adam.defaults  # groups that are added later are Adam's
 
     def __getstate__(self):  # for copies; PyTorch keeps only what it knows
         return {**super().__getstate__(), "adam": self.adam, "dtype": self.dtype}
@@ -665,8 +668,9 @@ class Run:
       weights: given to a second run, it goes on from the first one's.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
-      `cross_entropy` does. It calls `run.forward` once for the logits. If it has parameters
-      of its own, add them to the optimizer. The loss of the evaluation stays cross-entropy.
+      `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
+      evaluation stays cross-entropy. If a loss has a parameter of its own, add it with
+      `run.optimizer.add_param_group({"params": [parameter]})`.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
@@ -676,8 +680,7 @@ class Run:
       the one before, so clone what you keep. False turns it off.
     - `optimizer` can be set on the run, before the sweep.
 
-    Of the recipe, only `label_smoothing`, `cutout`, `flips` and `ema_epochs` can be changed
-    between epochs. The other constants have to stay as they are.
+    The recipe has to stay as it is, because some of its constants are used at the start.
     """
     recipe: Recipe
     seed: int
@@ -700,7 +703,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_free: bool = False  # it has not been used in this step yet
+    graph_is_unused: bool = False  # in this step; False outside of steps
 
     @property
     def dtype(self):
@@ -724,7 +727,7 @@ class Run:
         network = self.model
         if self.graph_fits(images):
             network = self.graph
-            self.graph_is_free = False
+            self.graph_is_unused = False
         with self.autocast():
             logits = network(images)
         self.check_logits(logits)
@@ -734,9 +737,10 @@ class Run:
         """Tell whether the CUDA graph can take these images.
 
         It serves one forward pass of a step: a second one would overwrite what the backward
-        pass of the first one needs. It knows neither evaluation nor gradients of images.
+        pass of the first one needs. It was captured in training mode, and it computes no
+        gradients of the images.
         """
-        if self.graph is None or not self.graph_is_free or images.requires_grad:
+        if self.graph is None or not self.graph_is_unused or images.requires_grad:
             return False
         return self.model.training and images.shape == self.graph.input_shape
 
@@ -1037,7 +1041,7 @@ def capture_graph(run):
     before = copy.deepcopy(run.model.state_dict())
     # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    before_search = torch.backends.cudnn.benchmark
+    searched_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
         # nn.Sequential, because the capture replaces the `forward` of the module it is given.
@@ -1046,10 +1050,10 @@ def capture_graph(run):
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise RuntimeError("the network could not become a CUDA graph. Try start_run(..., "
-                           "cuda_graph=False)") from error
+        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
+                           "try start_run(..., cuda_graph=False)") from error
     finally:
-        torch.backends.cudnn.benchmark = before_search
+        torch.backends.cudnn.benchmark = searched_before
         run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
     graph.input_shape = images.shape
     return graph
@@ -1084,9 +1088,9 @@ def train_step(run, images, labels, lr, beta1):
     are not part of a step, see `update_average`.
     """
     set_lr_and_beta1(run.optimizer, lr, beta1)
-    run.graph_is_free = True
+    run.graph_is_unused = True
     loss, logits = run.loss(run, images, labels)
-    run.graph_is_free = False  # a hook may compute more logits
+    run.graph_is_unused = False  # a hook may compute more logits
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)  # for hooks of the step, such as gradient clipping
@@ -1120,6 +1124,7 @@ def averaged_tensors(module):
     return weights + statistics
 
 
+@torch.no_grad()
 def copy_other_buffers(run):
     """Give the averaged model the buffers that have no average, such as masks and counts."""
     copies = dict(run.averaged.named_buffers())
@@ -1209,11 +1214,11 @@ def find_rates(run, on_step=None):
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
     before = run.state()
+    begin_training(run)
     try:
-        begin_training(run)
         lrs, losses = record_sweep(run, steps, half_decade, on_step)
     finally:
-        run.graph = None  # its memory becomes free
+        run.graph = None  # Python's next garbage collection frees its memory
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
     adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0
@@ -1393,8 +1398,9 @@ def train_epochs(run, rates, on_step=None):
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
     a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
-    lr_min, lr_max, *_ = rates
-    rates = Rates(float(lr_min), float(lr_max))  # NumPy's numbers would get into a state
+    lr_min, lr_max = rates[:2]
+    # torch.load would refuse NumPy's numbers in a saved state.
+    rates = Rates(float(lr_min), float(lr_max))
     if not 0 < rates.lr_min <= rates.lr_max:
         raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
                          f"which is {rates.lr_max:.3g}")
@@ -1425,7 +1431,7 @@ def train_epochs(run, rates, on_step=None):
                "images_per_second": len(run.training.labels) / seconds,
                "elapsed_seconds": run.seconds}
         started = time.perf_counter()  # what the caller does with a row does not count
-    run.graph = None  # its memory becomes free
+    run.graph = None  # Python's next garbage collection frees its memory
 
 
 def train_epoch(run, rates, on_step=None):
@@ -1600,7 +1606,7 @@ def default_output(checkpoint):
 
 
 def check_files(options):
-    """Raise ValueError if an option names a folder, or if two name the same file."""
+    """Raise ValueError if the name of a file ends in a slash, or if two files are the same."""
     given = [options.checkpoint, options.output, options.weights]
     names = [name for name in given if name is not None]
     for name in names:
@@ -1804,7 +1810,7 @@ class Recorder:
         self.started = started
         self.report = new_report(run, options)
         self.summary = self.report["summary"]
-        self.was_complete = False  # when the checkpoint was saved
+        self.was_complete = False  # whether the run was complete when its checkpoint was saved
 
     def prepare_files(self):
         """Try all files that the run will write, and write the first report."""
@@ -1823,17 +1829,17 @@ class Recorder:
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
-        with raise_user_error(f"{path} is not a readable checkpoint",
-                              "Delete it or choose another --checkpoint."):
+        with explain_errors(f"{path} is not a readable checkpoint",
+                            "Delete it or choose another --checkpoint."):
             saved = torch.load(path, map_location=self.run.device, weights_only=True)
             differences = differing_settings(saved["report"], self.report)
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
                             "options of that run, also --device and --precision if this is "
                             "another machine.\nOr choose another --checkpoint.")
-        with raise_user_error(f"{path} does not fit the network or the optimizer",
-                              "If you changed the code since, undo that, or choose another "
-                              "--checkpoint."):
+        with explain_errors(f"{path} does not fit the network or the optimizer",
+                            "If you changed the code since, undo that, or choose another "
+                            "--checkpoint."):
             self.run.load_state(saved["run"])
         self.continue_report(saved["report"])
 
@@ -1879,10 +1885,11 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def raise_user_error(message, advice):
+def explain_errors(message, advice):
     """Turn the many types of errors that a damaged file raises into a UserError.
 
-    A lack of memory and an error of the disk pass: the file may be whole.
+    Errors of memory and of the disk are raised as they are, because the file may be
+    undamaged.
     """
     try:
         yield

@@ -319,10 +319,10 @@ def table_of_cases():
 def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
-    groups = {"the {} first": FIRST_CASES, "the {} later": LATER_CASES,
-              "the {} newest": NEWEST_CASES, "all {}": CASES}
+    groups = {"the first": FIRST_CASES, "the later": LATER_CASES,
+              "the newest": NEWEST_CASES, "all": CASES}
     for group, cases in groups.items():
-        title = f"{group.format(len(cases))} cases"
+        title = f"{group} {len(cases)} cases"
         regrets = []  # a row for each rule
         for rule in rules.RULES.values():
             regrets.append([regret(name, rule) for name in cases])
