@@ -1829,9 +1829,11 @@ class Recorder:
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
+        # A file that the disk does not give may be undamaged. So this error stays as it is.
+        content = io.BytesIO(Path(path).read_bytes())
         with explain_errors(f"{path} is not a readable checkpoint",
                             "Delete it or choose another --checkpoint."):
-            saved = torch.load(path, map_location=self.run.device, weights_only=True)
+            saved = torch.load(content, map_location=self.run.device, weights_only=True)
             differences = differing_settings(saved["report"], self.report)
         if differences:
             raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
@@ -1888,13 +1890,12 @@ class Recorder:
 def explain_errors(message, advice):
     """Turn the many types of errors that a damaged file raises into a UserError.
 
-    Errors of memory and of the disk are raised as they are, because the file may be
-    undamaged.
+    A lack of memory stays as it is, because the file may be undamaged.
     """
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, OSError):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"{message} ({type(error).__name__}).\n{advice}") from None
 
