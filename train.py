@@ -1829,7 +1829,7 @@ class Recorder:
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
-        # A file that the disk does not give may be undamaged. So this error stays as it is.
+        # If the disk fails, the file may be undamaged. So this error is raised as it is.
         content = io.BytesIO(Path(path).read_bytes())
         with explain_errors(f"{path} is not a readable checkpoint",
                             "Delete it or choose another --checkpoint."):
@@ -1890,7 +1890,7 @@ class Recorder:
 def explain_errors(message, advice):
     """Turn the many types of errors that a damaged file raises into a UserError.
 
-    A lack of memory stays as it is, because the file may be undamaged.
+    A lack of memory is raised as it is, because the file may be undamaged.
     """
     try:
         yield

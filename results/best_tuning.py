@@ -168,14 +168,14 @@ def table_of_runs():
              "accuracy in training", "accuracy", "flip TTA"]]
     for record in STUDY.load_records():
         values = record["values"]
-        average = next(average for average in record["averages"]
-                       if average["ema_epochs"] == SHOWN_EMA_EPOCHS)
+        averages = {average["ema_epochs"]: average for average in record["averages"]}
+        shown = averages[SHOWN_EMA_EPOCHS]
         rows.append([
             f"{values['epochs']}", f"{values['muon_lr']:g}", f"{values['batch_size']}",
             f"{values['cutout']}", f"{values['label_smoothing']:g}", f"{values['padding']}",
             f"{100 * values['mixed']:g}%", values["precision"], values["first_by"].title(),
-            f"{100 * record['train_accuracies'][-1]:.1f}", f"{100 * average['accuracy']:.2f}",
-            f"{100 * average['tta_accuracy']:.2f}"])
+            f"{100 * record['train_accuracies'][-1]:.1f}", f"{100 * shown['accuracy']:.2f}",
+            f"{100 * shown['tta_accuracy']:.2f}"])
     return rows
 
 

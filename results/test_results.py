@@ -361,29 +361,36 @@ def test_sixty_classes_are_ten_times_the_six_orders_of_the_colors():
     assert len(relabeled.images.unique(dim=0)) == 6
 
 
+@pytest.fixture
+def started_runs(monkeypatch):
+    """Return a list that will hold the Runs that are started."""
+    runs = []
+    start_run = train.start_run
+
+    def keep_run(*arguments, **keywords):
+        runs.append(start_run(*arguments, **keywords))
+        return runs[-1]
+
+    monkeypatch.setattr(train, "start_run", keep_run)
+    return runs
+
+
 def small_network_for_sixty():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 60))
 
 
 @pytest.fixture
-def measured_runs(finder_case, monkeypatch):
+def measured_runs(finder_case, monkeypatch, started_runs):
     """Return a function that measures a small case, twice; it returns the Runs of the first."""
     split = random_split(100)
     monkeypatch.setattr(train, "load_cifar10", lambda data_dir: (split, split, CLASSES))
     monkeypatch.setattr(finder, "HELD_OUT", 40)
-    runs = []
-    start = finder.start
-
-    def keep_run(*arguments):
-        runs.append(start(*arguments))
-        return runs[-1]
 
     def measure(case):
         monkeypatch.setattr(finder, "CASES", {"case": case})
-        monkeypatch.setattr(finder, "start", keep_run)
         finder.measure("case", "data")
         check_record("case")
-        first = list(runs)
+        first = list(started_runs)
         measured = finder.load_record("case")
         finder.write_record(finder.record_path("case"), {**measured, "sweeps": []})
         finder.measure("case", "data", with_training=False)
@@ -547,20 +554,6 @@ def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkey
     small_study.measure(lambda *_: record, 60, 40, "a study")
     with pytest.raises(ValueError, match="has other values than the study"):
         small_study.measure(lambda *_: record, 60, 40, "a study")
-
-
-@pytest.fixture
-def started_runs(monkeypatch):
-    """Return a list that will hold the Runs that are started."""
-    runs = []
-    start_run = train.start_run
-
-    def keep_run(*arguments, **keywords):
-        runs.append(start_run(*arguments, **keywords))
-        return runs[-1]
-
-    monkeypatch.setattr(train, "start_run", keep_run)
-    return runs
 
 
 def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch, started_runs):
