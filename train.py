@@ -109,7 +109,7 @@ class Recipe:
     batch_size: int = recipe_field(
         0, (0, 50_000), "images in a step; 0 means 512, or fewer for few images")
     optimizer: str = recipe_field(
-        "adam", ("adam", "muon"), "muon: Muon for most convolutions, Adam for the rest")
+        "adam", ("adam", "muon"), "muon: Muon for the convolutions, Adam for the rest")
     muon_lr_factor: float = recipe_field(
         5 / 3, (1e-6, 1e6), "Muon's learning rate / Adam's")
     peak_fraction: float = recipe_field(
@@ -622,19 +622,17 @@ class Muon(torch.optim.Optimizer):
 def make_optimizer(recipe, model, dtype):
     """Return the optimizer that the recipe names, for all parameters of the model.
 
-    Muon gets the weights of all convolutions (Conv2d) but the first, Adam the rest. A
-    BatchNorm has to follow each convolution of Muon, because Muon fixes the norm of its
-    weight.
+    Muon gets the weights of all convolutions (Conv2d), Adam the rest. A BatchNorm has to
+    follow each convolution, because Muon fixes the norm of its weight.
     """
     muon_weights = []
     if recipe.optimizer == "muon":
         convolution_ids = {id(module.weight) for module in model.modules()
                            if isinstance(module, nn.Conv2d)}
-        convolutions = [parameter for parameter in model.parameters()
+        muon_weights = [parameter for parameter in model.parameters()
                         if id(parameter) in convolution_ids]
-        muon_weights = convolutions[1:]
         if not muon_weights:
-            raise ValueError("the optimizer muon needs a network with two convolutions")
+            raise ValueError("the optimizer muon needs a network with convolutions")
     muon_ids = {id(weight) for weight in muon_weights}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in muon_ids]
     # Decoupled weight decay spares biases and BatchNorms. `train_epochs` sets it, because it
