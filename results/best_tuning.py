@@ -78,14 +78,6 @@ def with_average(run, ema_epochs):
     return dataclasses.replace(run, recipe=recipe, averaged=copy.deepcopy(run.averaged))
 
 
-def give_first_convolution_to_muon(run):
-    """Let Muon update the weight of the first convolution, too, in place of Adam."""
-    weight = run.model.prep[0].weight
-    for group in run.optimizer.param_groups:
-        group["params"] = [other for other in group["params"] if other is not weight]
-    run.optimizer.param_groups[-1]["params"].append(weight)
-
-
 def mixed_cross_entropy(share, generator):
     """Return a loss that mixes a `share` of the images with others of their batch.
 
@@ -124,8 +116,8 @@ def train_run(values, training, held_out, seed):
     run = train.start_run(
         recipe, training, train.take_images(held_out, slice(WATCHED)), seed, device="cpu",
         precision=values["precision"], model=HalfResNet, loss=loss)
-    if values["first_by"] == "muon":
-        give_first_convolution_to_muon(run)
+    if values["first_by"] == "adam":
+        studies.give_first_convolution_to_adam(run)
     train.whiten_patches(run.model, run.training.images[:1000])
     averages = [with_average(run, ema_epochs) for ema_epochs in EMA_EPOCHS]
     steps_taken = 0

@@ -73,6 +73,7 @@ def train_run(values, training, held_out, seed):
         peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)
+    studies.give_first_convolution_to_adam(run)
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
     rows = list(train.train_epochs(run, rates))
     return {

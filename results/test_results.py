@@ -556,6 +556,12 @@ def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkey
         small_study.measure(lambda *_: record, 60, 40, "a study")
 
 
+def matrices_of_adam(run):
+    """Return the names of the weights, but for biases and BatchNorms, that Adam updates."""
+    names = {id(values): name for name, values in run.model.named_parameters()}
+    return [names[id(values)] for values in run.optimizer.param_groups[0]["params"]]
+
+
 def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch, started_runs):
     for name in ("MUON_MOMENTUM", "NEWTON_SCHULZ_STEPS"):
         monkeypatch.setattr(train, name, getattr(train, name))  # set back at the end
@@ -579,6 +585,7 @@ def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch, started_runs):
     assert set(momentums) == {0.85}
     assert set(steps) == {5}
     assert lrs[-1] == pytest.approx(0.07 / 300)  # the last learning rate is LRMIN
+    assert matrices_of_adam(run) == ["8.weight", "0.0.weight"]  # last layer, first convolution
     assert record["accuracies"] == [train.evaluate_run(run)["test_accuracy"]]
     assert record["tta_accuracy"] == train.evaluate_run(run, tta=True)["test_accuracy"]
 
@@ -636,7 +643,12 @@ def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
     assert type(run.model) is best_tuning.HalfResNet
 
 
-def test_muon_can_have_the_first_convolution_too(train_one_epoch):
+def test_the_optimizer_of_the_first_convolution_can_be_adam(train_one_epoch):
+    _, run = train_one_epoch("seed0")
+    assert matrices_of_adam(run) == ["head.weight", "prep.0.weight"]
+
+
+def test_the_optimizer_of_the_first_convolution_can_be_muon(train_one_epoch):
     _, run = train_one_epoch("seed2")
     for module in run.model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -657,8 +669,6 @@ def test_a_run_with_mixed_images_trains_with_their_loss(train_one_epoch, monkeyp
     _, run = train_one_epoch("seed8")
     assert shares == [0.5]
     assert run.loss is not train.cross_entropy
-    # Adam has the first convolution here.
-    assert run.model.prep[0].weight is run.optimizer.param_groups[0]["params"][0]
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
