@@ -221,10 +221,13 @@ def make_split(images, labels):
 def load_cifar10(data_dir):
     """Return CIFAR-10's training split, test split and class names; download it if needed.
 
-    The images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download
-    fails. (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
+    `data_dir` is the folder that has cifar-10-batches-py, or this folder itself. The images
+    are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download fails.
+    (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
     """
     data_dir = Path(data_dir).expanduser()
+    if data_dir.name == CIFAR10.base_folder:
+        data_dir = data_dir.parent
     try:
         return read_cifar10(data_dir)
     except RuntimeError:  # a file is missing or damaged
@@ -265,7 +268,7 @@ def download_cifar10(data_dir):
 
 @contextlib.contextmanager
 def socket_timeout(seconds):
-    """Let a download fail after so many seconds without an answer. torchvision sets none."""
+    """Let a download fail after so many seconds without an answer. torchvision sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -544,7 +547,7 @@ NEWTON_SCHULZ_STEPS = 3
 
 
 def orthogonalize(matrix, dtype=torch.float32):
-    """Return a matrix with the singular vectors of `matrix` and singular values near 1.
+    """Return a matrix with the singular vectors of `matrix`, most singular values near 1.
 
     First, `matrix` is divided by its norm, so its singular values are at most 1. Then
     each Newton-Schulz step turns a value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5. This
@@ -564,17 +567,17 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    The step sees the sum of gradient and momentum as a matrix (out, in x height x width). It
-    moves the weight by the nearest matrix whose singular values are near 1. So all
-    directions of the matrix learn at one speed. `momentum` has the shape of `weight`. It is
-    the fading sum of all gradients, which the step updates, too. `dtype` is that of the
-    matrix products.
+    The direction of the step is the gradient plus a part of the momentum, seen as a matrix
+    (out, in x height x width). The step subtracts `lr` times the nearest matrix whose
+    singular values are near 1. So all directions of the matrix learn at one speed.
+    `momentum`, the fading sum of all gradients, has the shape of `weight` and is updated,
+    too. `dtype` is that of the matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
     update = orthogonalize(direction.flatten(1), dtype)
-    # A fixed norm takes the place of weight decay. It does not change the output of our
-    # network, because a BatchNorm follows and divides it by its own deviation.
+    # A fixed norm takes the place of weight decay. This scaling does not change the output of
+    # our network, because the BatchNorm that follows divides by the deviation.
     weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
     weight.add_(update.view_as(weight), alpha=-lr)
 
@@ -627,16 +630,16 @@ def make_optimizer(recipe, model, dtype):
     """
     muon_weights = []
     if recipe.optimizer == "muon":
-        convolution_ids = {id(module.weight) for module in model.modules()
-                           if isinstance(module, nn.Conv2d)}
+        convolutions = {module.weight for module in model.modules()
+                        if isinstance(module, nn.Conv2d)}
         muon_weights = [parameter for parameter in model.parameters()
-                        if id(parameter) in convolution_ids]
+                        if parameter in convolutions]
         if not muon_weights:
             raise ValueError("the optimizer muon needs a network with convolutions")
-    muon_ids = {id(weight) for weight in muon_weights}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in muon_ids]
-    # Decoupled weight decay spares biases and BatchNorms. `train_epochs` sets it, because it
-    # depends on LRMAX. In the sweep, it is 0. `train_step` sets learning rate and beta1.
+    of_muon = set(muon_weights)
+    rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
+    # Decoupled weight decay spares biases and BatchNorms. `set_weight_decay` sets it, because
+    # it depends on LRMAX. `train_step` sets learning rate and beta1.
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim > 1], "decays": True},
         {"params": [parameter for parameter in rest if parameter.ndim <= 1], "decays": False},
@@ -661,9 +664,10 @@ class Run:
 
     These parts can be exchanged, the first four by parameters of `start_run`:
 
-    - `model` is a network, or a function that makes one, which is called under the seed.
-      It turns normalized images (B, C, H, W) into logits (B, classes). A network keeps its
-      weights: given to a second run, it goes on from the first one's.
+    - `model` is a network, or a function that returns one. The network turns normalized
+      images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
+      that each seed has its own weights. A network keeps its weights: given to a second run,
+      it goes on from the first one's.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -696,12 +700,11 @@ class Run:
     loss: Callable
     augment: Callable | None = None
     cuda_graph: bool = True
-    preparation_seconds: float = 0.0
     seconds: float = 0.0  # of preparation and training; evaluation does not count
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_unused: bool = False  # in this step; False outside of steps
+    graph_is_unused: bool = False  # whether this step may still use it
 
     @property
     def dtype(self):
@@ -760,14 +763,16 @@ class Run:
             "seed": self.seed,
             "device": self.device,
             "precision": self.precision,
+            "number of training images": len(self.training.labels),
         }
 
     def other_parameters(self):
         """Return the optimizer's parameters that are not the model's: those of a loss."""
-        model_ids = {id(parameter) for parameter in self.model.parameters()}
+        parameters_of_model = set(self.model.parameters())
         others = []
         for group in self.optimizer.param_groups:
-            others += [values for values in group["params"] if id(values) not in model_ids]
+            others += [values for values in group["params"]
+                       if values not in parameters_of_model]
         return others
 
     def state(self):
@@ -791,9 +796,9 @@ class Run:
     def check_between_epochs(self):
         """Raise ValueError if an epoch was begun and did not end."""
         if self.mid_epoch:
-            raise ValueError("an epoch of this run was interrupted, or its loss had no value. "
-                             "Load a state() from before that epoch, or begin again with "
-                             "start_run")
+            raise ValueError("an epoch of this run was interrupted, or its loss was NaN or "
+                             "infinite. Load a state() from before that epoch, or begin again "
+                             "with start_run")
 
     def load_state(self, state):
         """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
@@ -870,7 +875,7 @@ def choose_precision(device, precision="auto"):
 
 
 def has_fast_bf16(device):
-    """Tell whether a device has instructions for bf16."""
+    """Tell whether a device is known to have instructions for bf16."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -894,7 +899,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     The Splits are of uint8 images (N, 3, 32, 32), or of what your own `model` takes.
     `choose_device` and `choose_precision` say what "auto" is. `Run` says what `model`,
     `loss`, `augment` and `cuda_graph` can be. A seed gives the same initial weights on
-    every device, but for rounding in the first layer; dropout in a network of your own
+    every device, except for rounding in the first layer; dropout in a network of your own
     follows `torch.manual_seed`. `torch.backends.cudnn.benchmark` is set for the whole process.
     Raise ValueError for what cannot be trained.
     """
@@ -926,7 +931,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
         optimizer=make_optimizer(recipe, model, dtype),
         scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
         loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
-        preparation_seconds=seconds, seconds=seconds)
+        seconds=seconds)
 
 
 def prepare_data(recipe, training, test, device, dtype):
@@ -980,9 +985,8 @@ def begin_training(run):
     if run.device == "cpu":
         keep_freed_memory()
     run.model.train()
-    run.graph = None
-    if run.cuda_graph:
-        run.graph = capture_graph(run)
+    run.graph = None  # an earlier one, whose memory the next one may need
+    run.graph = capture_graph(run)
 
 
 def check_parameters(run):
@@ -999,12 +1003,11 @@ def check_parameters(run):
         count = sum(parameter.numel() for parameter in parameters)
         warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
                       "the others are frozen", stacklevel=4)  # the line that asks for steps
-    optimizer_ids = set()
+    held = set()
     for group in run.optimizer.param_groups:
-        optimizer_ids.update(id(parameter) for parameter in group["params"])
-    for parameter in trainable:
-        if id(parameter) not in optimizer_ids:
-            raise ValueError("the optimizer does not hold all parameters of the model")
+        held.update(group["params"])
+    if not held.issuperset(trainable):
+        raise ValueError("the optimizer does not hold all parameters of the model")
 
 
 def keep_freed_memory():
@@ -1028,7 +1031,9 @@ def capture_graph(run):
     kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
     that were frozen when it was captured.
     """
-    if run.device != "cuda" or run.precision != "bf16" or type(run.model) is not ResNet:
+    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
+        return None
+    if type(run.model) is not ResNet:
         return None
     if not all(parameter.requires_grad for parameter in run.model.parameters()):
         return None
@@ -1166,6 +1171,13 @@ def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
     return lr, beta1
 
 
+def set_weight_decay(optimizer, decay):
+    """Set the weight decay of the groups that take it from the recipe."""
+    for group in optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = decay
+
+
 def weight_decay(recipe, lr_max, steps_per_epoch):
     """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
 
@@ -1189,7 +1201,7 @@ SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
 RISE = 0.03  # of the lowest loss, see `sweep_edges`
-FALL_PART = 0.1  # of the loss's fall
+FALL_PART = 0.1  # of the loss's fall, see `sweep_edges`
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1212,6 +1224,8 @@ def find_rates(run, on_step=None):
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
     before = run.state()
+    # The decay of a training depends on its LRMAX, so the sweep has none.
+    set_weight_decay(run.optimizer, run.recipe.l2)
     begin_training(run)
     try:
         lrs, losses = record_sweep(run, steps, half_decade, on_step)
@@ -1281,7 +1295,7 @@ def sweep_batches(run):
 
 
 def smooth_losses(losses, steps_per_decade):
-    """Replace each loss by the mean over rates from half to twice its own. Do this twice."""
+    """Smooth twice: each step gets the mean over the rates from half to twice its own rate."""
     reach = round(steps_per_decade * math.log10(2))
     for _ in range(2):
         windows = [losses[max(0, i - reach):i + reach + 1] for i in range(len(losses))]
@@ -1293,8 +1307,8 @@ def sweep_edges(smoothed):
     """Return the first and the last step at which a sweep's smoothed loss is low.
 
     At the first one, 90% of its fall is done. After the last one, it is above its lowest
-    value by 3% of that, or by 10% of its fall, whichever is less. Raise UserError if it
-    never falls.
+    value by more than 3% of that value, or by more than 10% of its fall, whichever is less.
+    Raise UserError if it never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
@@ -1344,7 +1358,7 @@ def why_uncertain(smoothed):
     _, last = sweep_edges(smoothed)
     advice = "Try a quarter, half, twice and four times this LRMAX, too"
     if last + 1 == len(smoothed):
-        return f"the loss of the sweep never rose, so LRMAX is uncertain. {advice}"
+        return f"the loss of the sweep did not rise, so LRMAX is uncertain. {advice}"
     fall = smoothed[0] - min(smoothed)
     if fall < 2 * RISE * min(smoothed):  # it is hardly more than a rise
         return (f"the loss of the sweep fell by only {fall / smoothed[0]:.1%}, so LRMAX is "
@@ -1406,30 +1420,30 @@ def train_epochs(run, rates, on_step=None):
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
                       stacklevel=2)
     decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    for group in run.optimizer.param_groups:
-        if group.get("decays"):
-            group["weight_decay"] = decay
+    set_weight_decay(run.optimizer, decay)
     started = time.perf_counter()
     begin_training(run)
-    while run.epoch < run.recipe.epochs:
-        run.mid_epoch = True
-        row = train_epoch(run, rates, on_step)
-        copy_other_buffers(run)
-        seconds = time.perf_counter() - started
-        row.update(evaluate_run(run))
-        if not math.isfinite(row["train_loss"] + row["test_loss"]):
-            raise Diverged(f"the loss became NaN or infinite in epoch {run.epoch + 1}.\n"
-                           "Try a lower LRMAX (--lr-max) or full precision "
-                           "(--precision fp32).")
-        # Here the epoch counts as done.
-        run.epoch += 1
-        run.seconds += seconds
-        run.mid_epoch = False
-        yield {"epoch": run.epoch, **row, "train_seconds": seconds,
-               "images_per_second": len(run.training.labels) / seconds,
-               "elapsed_seconds": run.seconds}
-        started = time.perf_counter()  # what the caller does with a row does not count
-    run.graph = None  # Python's next garbage collection frees its memory
+    try:
+        while run.epoch < run.recipe.epochs:
+            run.mid_epoch = True
+            row = train_epoch(run, rates, on_step)
+            copy_other_buffers(run)
+            seconds = time.perf_counter() - started
+            row.update(evaluate_run(run))
+            if not math.isfinite(row["train_loss"] + row["test_loss"]):
+                raise Diverged(f"the loss became NaN or infinite in epoch {run.epoch + 1}.\n"
+                               "Try a lower LRMAX (--lr-max) or full precision "
+                               "(--precision fp32).")
+            # Here the epoch counts as done.
+            run.epoch += 1
+            run.seconds += seconds
+            run.mid_epoch = False
+            yield {"epoch": run.epoch, **row, "train_seconds": seconds,
+                   "images_per_second": len(run.training.labels) / seconds,
+                   "elapsed_seconds": run.seconds}
+            started = time.perf_counter()  # what the caller does with a row does not count
+    finally:
+        run.graph = None  # Python's next garbage collection frees its memory
 
 
 def train_epoch(run, rates, on_step=None):
@@ -1766,7 +1780,7 @@ def new_report(run, options):
             "final_test_accuracy": None,
             "tta_test_accuracy": None,
             "sweep_seconds": 0.0,
-            "preprocess_seconds": run.preparation_seconds,
+            "preprocess_seconds": run.seconds,
             "total_seconds": 0.0,
         },
     }
@@ -1808,7 +1822,6 @@ class Recorder:
         self.started = started
         self.report = new_report(run, options)
         self.summary = self.report["summary"]
-        self.was_complete = False  # whether the run was complete when its checkpoint was saved
 
     def prepare_files(self):
         """Try all files that the run will write, and write the first report."""
@@ -1830,7 +1843,7 @@ class Recorder:
         # If the disk fails, the file may be undamaged. So this error is raised as it is.
         content = io.BytesIO(Path(path).read_bytes())
         with explain_errors(f"{path} is not a readable checkpoint",
-                            "Delete it or choose another --checkpoint."):
+                            "Choose another --checkpoint."):
             saved = torch.load(content, map_location=self.run.device, weights_only=True)
             differences = differing_settings(saved["report"], self.report)
         if differences:
@@ -1852,13 +1865,16 @@ class Recorder:
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
         self.summary.update(saved["summary"])
-        self.was_complete = saved["summary"]["status"] == "complete"
         # The seconds of earlier processes count, too. So the start moves back by them.
         self.started -= self.summary["total_seconds"]
 
+    def is_complete(self):
+        """Tell whether the run was complete, in this process or when its checkpoint was saved."""
+        return self.summary.get("status") == "complete"
+
     def update_summary(self, status):
         """Bring the report's summary up to date. That of a complete run stays as it is."""
-        if self.was_complete:
+        if self.is_complete():
             return
         image_count = self.report["data"]["train_images"]
         self.summary.update(summarize_epochs(self.report["epochs"], image_count))
@@ -1974,7 +1990,7 @@ def print_heading(report):
     options = report["config"]["options"]
     data = report["data"]
     environments = [report["environment"], *report.get("continued_in", [])]
-    environment = environments[-1]  # that of this process
+    environment = environments[-1]  # of the last process that trained
     constants = report["config"]["recipe"]
     changes = [options["recipe"]]
     for name, value in constants.items():
@@ -2191,7 +2207,7 @@ def save_figure(report, name, size, plot, *content):
     if not figure.axes:  # there is nothing to show
         return
     path = figure_path(report["config"]["options"]["output"], name)
-    write_file(path, figure.savefig)
+    write_file(path, lambda file: figure.savefig(file, format="png"))
     print(f"figure   {path}")
     if IN_NOTEBOOK:
         from IPython.display import Image, display
@@ -2231,15 +2247,12 @@ def try_to_draw(draw, *content):
 
 def load_data(options):
     """Return training split, test split and class names, after --subset and --holdout."""
-    folder = Path(options.data_dir)
-    if folder.name == CIFAR10.base_folder:
-        folder = folder.parent
     count = options.subset or TRAIN_IMAGES
     if count <= SAMPLE_IMAGES and SAMPLE.exists():
         print(f"sample   the images are those of {SAMPLE}")
         training, test, classes = load_sample()
     else:
-        training, test, classes = load_cifar10(folder)
+        training, test, classes = load_cifar10(options.data_dir)
     training = take_images(training, slice(count))
     test = take_images(test, slice(count // 5))
     if options.holdout:
@@ -2337,7 +2350,7 @@ def train_and_record(recorder):
             show_status("")
             print(TABLE_ROW.format(**row))
             recorder.save_progress()
-    if report["epochs"] and not recorder.was_complete:
+    if report["epochs"] and not recorder.is_complete():
         recorder.summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
         with_tta = evaluate_run(run, tta=True)
         recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
