@@ -3580,7 +3580,7 @@ def test_the_sample_serves_where_it_is_enough(
         monkeypatch, asked_folders, capsys, arguments, sample, serves):
     monkeypatch.setattr(train, "SAMPLE", sample)
     training, _, classes = load_with(*arguments)
-    assert asked_folders == ([] if serves else [Path("data")])
+    assert asked_folders == ([] if serves else ["data"])
     assert ("sample.npz" in capsys.readouterr().out) == serves
     assert len(training.images) == (50 if 50 in arguments else 2000)
     assert classes == CLASSES

@@ -128,7 +128,7 @@ def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
 
 
 @pytest.mark.parametrize("name, path", [
-    ("tuned", "default/seed0.json"), ("fast", "fast/seed0.json"),
+    ("tuned", "default/seed0.json"), ("fast", "fast/seed0.json"), ("best", "best/seed0.json"),
     ("plain", "h100/plain-seed0.json")])
 def test_a_recipe_has_the_constants_of_its_runs(name, path):
     recipe = dataclasses.replace(train.RECIPES[name], batch_size=512)
