@@ -50,8 +50,8 @@ TABLES = {
         "2 CPU cores": ["accuracy", "flip TTA", "minutes"],
     }, [
         ("`python train.py` | 24", "h100/default-seed*", "default/seed*"),
+        ("`python train.py --recipe best` | 24", "", "best/seed*"),
         ("`python train.py --recipe fast` | 6", "", "fast/seed*"),
-        ("`python train.py --optimizer muon` | 24", "", "muon/seed*"),
         ("`python train.py --recipe plain` | 24", "h100/plain-seed*", ""),
     ]),
     "graph": ("code", [
@@ -66,10 +66,8 @@ TABLES = {
         ("none | H100", "h100/default-seed*"),
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
-        ("`--recipe fast` | two CPU cores", "fast/seed*"),
-        ("`--optimizer muon` | two CPU cores", "muon/seed*"),
-        ("`--optimizer muon --muon-lr-factor 1.2 --label-smoothing 0.1` | two CPU cores",
-         "muon/factor-1.2-smoothing-0.1-seed*"),
+        ("`--recipe best` | two CPU cores", "best/seed*"),
+        ("`--recipe fast` (before commit 5bb6a2a) | two CPU cores", "fast/seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
@@ -84,8 +82,15 @@ TABLES = {
         ("7/3 (commit 6b6176f)", "fast/factor-7-3-seed*"),
         ("5/3", "fast/seed*"),
     ]),
+    "best": ("first convolution by | Muon's rate / Adam's | label smoothing", [
+        "LRMAX", "accuracy", "flip TTA", "90% at epoch", "94% at epoch", "seeds",
+    ], [
+        ("Adam (commit 0765933) | 5/3 | 0.2", "muon/seed*"),
+        ("Adam (commit 38dbb36) | 1.2 | 0.1", "muon/factor-1.2-smoothing-0.1-seed*"),
+        ("Muon | 1.2 | 0.1", "best/seed*"),
+    ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
-        ("`--subset --recipe fast`", "first-look/fast-seed*"),
+        ("`--subset --recipe fast` (before commit 5bb6a2a)", "first-look/fast-seed*"),
         ("the same, without bf16", "first-look/fast-fp32-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
@@ -108,7 +113,7 @@ TABLES = {
          "--annihilation 10000`", "letter/plain-l2-annihilation"),
         ("[Page]: 94.08, [Wind]: 94.02 (n=40), with SGD | none (H100)", "h100/default-seed*"),
         ("[99991]: 94.1 with TTA (n=100), SGD, 10 epochs; [airbench94_muon]: 94.01 with TTA "
-         "(n=200), 8 epochs | `--recipe fast`", "fast/seed*"),
+         "(n=200), 8 epochs | `--recipe fast` (before commit 5bb6a2a)", "fast/seed*"),
     ]),
     "sweeps": ("batch size", [
         "LRMAX found", "ours", "steepest", "minimum / 10", "valley",
@@ -117,7 +122,7 @@ TABLES = {
         ("512", "sweeps/batch-512-bf16-two-epochs-seed*"),
         ("1024", "sweeps/batch-1024-bf16-seed*"),
         ("512, whole runs on the H100", "h100/default-seed*"),
-        ("512, whole runs with `--recipe fast`", "fast/seed*"),
+        ("512, whole runs with `--recipe fast` (before commit 5bb6a2a)", "fast/seed*"),
         ("the same, with Muon's factor 7/3", "fast/factor-7-3-seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "flip TTA", "seeds"], [
