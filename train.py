@@ -767,14 +767,17 @@ class Run:
             "number of training images": len(self.training.labels),
         }
 
+    def optimizer_parameters(self):
+        """Return the parameters of all groups of the optimizer."""
+        parameters = []
+        for group in self.optimizer.param_groups:
+            parameters += group["params"]
+        return parameters
+
     def other_parameters(self):
         """Return the optimizer's parameters that are not the model's: those of a loss."""
-        parameters_of_model = set(self.model.parameters())
-        others = []
-        for group in self.optimizer.param_groups:
-            others += [values for values in group["params"]
-                       if values not in parameters_of_model]
-        return others
+        of_model = set(self.model.parameters())
+        return [values for values in self.optimizer_parameters() if values not in of_model]
 
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
@@ -986,7 +989,8 @@ def begin_training(run):
     if run.device == "cpu":
         keep_freed_memory()
     run.model.train()
-    run.graph = None  # an earlier one, whose memory the next one may need
+    # An earlier graph goes first, because the next one may need its memory.
+    run.graph = None
     run.graph = capture_graph(run)
 
 
@@ -1004,10 +1008,7 @@ def check_parameters(run):
         count = sum(parameter.numel() for parameter in parameters)
         warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
                       "the others are frozen", stacklevel=4)  # the line that asks for steps
-    held = set()
-    for group in run.optimizer.param_groups:
-        held.update(group["params"])
-    if not held.issuperset(trainable):
+    if not set(run.optimizer_parameters()).issuperset(trainable):
         raise ValueError("the optimizer does not hold all parameters of the model")
 
 
@@ -1172,13 +1173,6 @@ def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
     return lr, beta1
 
 
-def set_weight_decay(optimizer, decay):
-    """Set the weight decay of the groups that take it from the recipe."""
-    for group in optimizer.param_groups:
-        if group.get("decays"):
-            group["weight_decay"] = decay
-
-
 def weight_decay(recipe, lr_max, steps_per_epoch):
     """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
 
@@ -1193,6 +1187,13 @@ def weight_decay(recipe, lr_max, steps_per_epoch):
     # variance can adapt.
     decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
     return 1 / (decay_steps * lr_max)
+
+
+def set_weight_decay(optimizer, decay):
+    """Set the weight decay of the groups that take it from the recipe."""
+    for group in optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = decay
 
 
 # ---- Learning-rate range sweep --------------------------------------------------------
@@ -1225,10 +1226,10 @@ def find_rates(run, on_step=None):
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
     before = run.state()
-    # The decay of a training depends on its LRMAX, so the sweep has none.
-    set_weight_decay(run.optimizer, run.recipe.l2)
     begin_training(run)
     try:
+        # Weight decay depends on LRMAX, which is not known yet. The L2 term does not.
+        set_weight_decay(run.optimizer, run.recipe.l2)
         lrs, losses = record_sweep(run, steps, half_decade, on_step)
     finally:
         run.graph = None  # Python's next garbage collection frees its memory
