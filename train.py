@@ -79,12 +79,13 @@ def recipe_field(default, allowed, help):
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
 
-def check_value(name, value, kind, allowed):
+def check_value(name, value, allowed):
     """Raise ValueError with a sentence about `name`, unless `value` is allowed.
 
-    `kind` is int, float or str. `allowed` holds the names, or the lowest and highest
-    number.
+    `allowed` holds the names, or the lowest and highest number. If these two are integers,
+    the value must be one.
     """
+    kind = type(allowed[0])
     if kind is str:
         is_allowed = value in allowed
         wanted = f"one of {', '.join(allowed)}"
@@ -120,8 +121,8 @@ class Recipe:
     beta1: float = recipe_field(0.95, (0.0, 0.9999), "Adam's first beta at LRMIN")
     beta1_peak: float = recipe_field(0.85, (0.0, 0.9999), "Adam's first beta at LRMAX")
     beta2: float = recipe_field(0.999, (0.0, 0.999999), "Adam's second beta")
-    # Adam divides a gradient by the root of its mean square plus epsilon. 0.01 is larger
-    # than most of these roots, so Adam moves the weights almost as SGD with momentum would.
+    # Adam divides a gradient by (root of its mean square) + epsilon. 0.01 is larger than most
+    # of these roots, so Adam moves the weights almost as SGD with momentum would.
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
     # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many
     # epochs. The same time suits all batch sizes and learning rates.
@@ -134,8 +135,8 @@ class Recipe:
     # (EMA) is not.
     ema_epochs: float = recipe_field(
         0.5, (0.0, 1e5), "epochs over which the EMA of the weights averages; 0: no EMA")
-    # A learning rate that suits the convolutions is too large for the last layer. With
-    # smaller logits, its steps change the output less.
+    # A learning rate that suits the convolutions is too large for the last layer. Smaller
+    # logits make the steps of this layer change the output less.
     logit_scale: float = recipe_field(
         0.125, (1e-6, 1e6), "the logits are multiplied by this")
     initialization: str = recipe_field(
@@ -151,17 +152,14 @@ class Recipe:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind = type(field.default)
-            check_value(field.name, value, kind, field.metadata["allowed"])
-            # `kind` turns NumPy's numbers into Python's. The class is frozen, so a plain
-            # assignment would fail.
-            object.__setattr__(self, field.name, kind(value))
+            check_value(field.name, value, field.metadata["allowed"])
+            # NumPy's numbers become Python's. The class is frozen, so a plain assignment
+            # would fail.
+            object.__setattr__(self, field.name, type(field.default)(value))
         if self.batch_size == 1:
             raise ValueError("batch_size must be 0 or at least 2, got 1")
         if self.optimizer == "muon" and self.l2 > 0:
             raise ValueError("l2 must be 0 with optimizer muon, which has no L2 term")
-        if self.optimizer == "adam" and self.muon_lr_factor != Recipe.muon_lr_factor:
-            raise ValueError("muon_lr_factor is for the optimizer muon alone")
 
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
@@ -178,7 +176,7 @@ RECIPES = {
 
 
 def choose_batch_size(recipe, image_count):
-    """Return the recipe with a batch size for so many training images, if it has none.
+    """Return the recipe; if its batch size is 0, with one for so many training images.
 
     Few images get smaller batches. Else an epoch would have few steps and teach little.
     """
@@ -194,6 +192,14 @@ class UserError(RuntimeError):
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
+
+
+def is_out_of_memory(error):
+    """Tell whether an error of PyTorch or Python says that there is no memory left."""
+    text = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
+               "not enough memory", "alloc_failed")  # Windows, cuBLAS and cuDNN
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
 
 
 # ---- Data: the whole data set on the device -------------------------------------------
@@ -217,6 +223,11 @@ def make_split(images, labels):
         raise ValueError(f"images must be a NumPy array (N, H, W, C), got {got}")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Split(images, torch.as_tensor(labels))
+
+
+def take_images(split, chosen):
+    """Return a part of a Split; `chosen` is a slice."""
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def load_cifar10(data_dir):
@@ -246,10 +257,12 @@ def read_cifar10(data_dir):
 def download_cifar10(data_dir):
     """Bring CIFAR-10 into `data_dir` and read it. Raise UserError if that fails."""
     archive = data_dir / CIFAR10.filename
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # else a silent server would be waited for without an end
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         # A second run waits here until the first one has the data.
-        with FileLock(data_dir / "cifar-10.lock"), socket_timeout(30):
+        with FileLock(data_dir / "cifar-10.lock"):
             with contextlib.suppress(RuntimeError):  # unless the first one has brought it
                 return read_cifar10(data_dir)
             if not check_integrity(str(archive), CIFAR10.tgz_md5):
@@ -265,17 +278,8 @@ def download_cifar10(data_dir):
         if SAMPLE.exists():
             advice += "\nA first look needs no download: python train.py --subset"
         raise UserError(f"could not get CIFAR-10 ({error}).\n{advice}") from None
-
-
-@contextlib.contextmanager
-def socket_timeout(seconds):
-    """Let a download fail after so many seconds without an answer. torchvision sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
 
 
 # Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
@@ -287,8 +291,8 @@ SAMPLE_IMAGES = 2000  # for training, and 400 for tests
 def load_sample():
     """Return the sample: the first 2,000 training and 400 test images, and class names."""
     with np.load(SAMPLE) as sample:
-        training = make_split(sample["train_images"], np.int64(sample["train_labels"]))
-        test = make_split(sample["test_images"], np.int64(sample["test_labels"]))
+        training = make_split(sample["train_images"], sample["train_labels"].astype(np.int64))
+        test = make_split(sample["test_images"], sample["test_labels"].astype(np.int64))
         return training, test, sample["classes"].tolist()
 
 
@@ -337,14 +341,12 @@ def check_split(name, split, num_classes):
     reason = None
     if not isinstance(images, torch.Tensor) or not isinstance(labels, torch.Tensor):
         reason = "images and labels must be tensors. make_split makes them of arrays"
-    elif images.dtype != torch.uint8 or images.ndim != 4:
+    elif images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape)
         reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {shape}"
-    elif labels.ndim != 1:
-        reason = f"labels must be (N,), one for each image, got {tuple(labels.shape)}"
-    elif len(images) == 0 or len(images) != len(labels):
-        counts = f"{len(images)} images and {len(labels)} labels"
-        reason = f"each image needs a label, got {counts}"
+    elif labels.shape != images.shape[:1]:
+        reason = (f"labels must be ({len(images)},), one for each image, "
+                  f"got {tuple(labels.shape)}")
     elif labels.is_floating_point():
         reason = "labels must be whole numbers"
     elif labels.long().min() < 0 or labels.long().max() >= num_classes:
@@ -357,8 +359,8 @@ def check_split(name, split, num_classes):
 def count_steps(image_count, batch_size):
     """Return the number of steps in an epoch.
 
-    The last batch has the images that are left. But a single one joins the batch before it,
-    because BatchNorm cannot normalize one value alone.
+    The last batch has the images that are left. If only one is left, it joins the batch
+    before, because BatchNorm cannot normalize one value alone.
     """
     return max(1, math.ceil((image_count - 1) / batch_size))
 
@@ -369,13 +371,16 @@ def count_steps(image_count, batch_size):
 # 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
 # none of the sweep's batches.
 SWEEP_EPOCH = 900_000
-# It is larger than the number of every epoch, so that two seeds never draw the same numbers.
-# This holds up to seed 4,000, because the CPU's generator keeps only 32 bits of its seed.
+# The stride is larger than the number of every epoch, so that two seeds never draw the same
+# numbers. (Up to seed 4,000: the CPU's generator keeps only 32 bits of its seed.)
 SEED_STRIDE = 1_000_003
 
 
 def epoch_generator(seed, epoch, device):
-    """Return the generator of an epoch's random numbers. A resumed run draws the same."""
+    """Return the generator of an epoch's random numbers.
+
+    Seed and epoch alone decide them, so a resumed run draws the same.
+    """
     return torch.Generator(device).manual_seed(SEED_STRIDE * seed + epoch)
 
 
@@ -530,8 +535,8 @@ def whiten_patches(model, images):
 
     27 filters become the eigenvectors of the patches' covariance, each divided by the
     root of its eigenvalue (D. Page, How to Train Your ResNet 8, 2019). 27 more are their
-    negatives, because ReLU keeps one side of each (tysam-code, hlb-CIFAR10). The other
-    10 stay random.
+    negatives, because ReLU keeps positive outputs alone (tysam-code, hlb-CIFAR10). The
+    other 10 stay random.
     """
     patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions)
     covariance = torch.cov(patches.transpose(0, 1).flatten(1))
@@ -548,7 +553,7 @@ NEWTON_SCHULZ_STEPS = 3
 
 
 def orthogonalize(matrix, dtype=torch.float32):
-    """Return a matrix with the singular vectors of `matrix`, most singular values near 1.
+    """Return a matrix like `matrix`, but with most of its singular values near 1.
 
     First, `matrix` is divided by its norm, so its singular values are at most 1. Then
     each Newton-Schulz step turns a value s into 3.4445 s - 4.7750 s^3 + 2.0315 s^5. This
@@ -593,34 +598,29 @@ class Muon(torch.optim.Optimizer):
         """
         self.adam = adam
         self.dtype = dtype
-        muon_group = {"params": weights, "muon": True, "lr": 0.0, "lr_factor": lr_factor}
-        super().__init__([*adam.param_groups, muon_group], {})
+        muon_group = {"params": weights, "lr": 0.0, "lr_factor": lr_factor}
+        super().__init__([muon_group, *adam.param_groups], {})
         self.defaults = adam.defaults  # groups that are added later are Adam's
 
-    def __getstate__(self):  # for copies; PyTorch keeps only what it knows
+    def __getstate__(self):  # for copies; PyTorch's own would leave out these two
         return {**super().__getstate__(), "adam": self.adam, "dtype": self.dtype}
 
     @torch.no_grad()
     def step(self):
         """Take a step with all parameters that have a gradient."""
+        muon_group, *adam_groups = self.param_groups
         # Adam works on the groups and the state of this object, so that they are saved as
         # one. load_state_dict replaces both, so Adam is given them in each step.
         self.adam.state = self.state
-        self.adam.param_groups = [
-            group for group in self.param_groups if not group.get("muon")]
+        self.adam.param_groups = adam_groups
         self.adam.step()
-        for group in self.param_groups:
-            if group.get("muon"):
-                self.step_with_muon(group)
-
-    def step_with_muon(self, group):
-        for weight in group["params"]:
+        for weight in muon_group["params"]:
             if weight.grad is None:
                 continue
             state = self.state[weight]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(weight)
-            muon_step(weight, weight.grad, state["momentum"], group["lr"], self.dtype)
+            muon_step(weight, weight.grad, state["momentum"], muon_group["lr"], self.dtype)
 
 
 def make_optimizer(recipe, model, dtype):
@@ -667,8 +667,8 @@ class Run:
 
     - `model` is a network, or a function that returns one. The network turns normalized
       images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
-      that each seed has its own weights. A network keeps its weights: given to a second run,
-      it goes on from the first one's.
+      that each seed has its own weights. A network is used as it is: a second run starts
+      with the weights that the first one left. It is not whitened, even if it is a ResNet.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -679,11 +679,12 @@ class Run:
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
       seed decides.
     - `cuda_graph`: on NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. Then
-      hooks of its layers and weights do not work, and each step overwrites the gradients of
-      the one before, so clone what you keep. False turns it off.
+      hooks of its layers and weights and second derivatives do not work, and each step
+      overwrites the gradients of the one before. To keep a gradient, clone it. False turns
+      the graph off.
     - `optimizer` can be set on the run, before the sweep.
 
-    The recipe has to stay as it is, because some of its constants are used at the start.
+    The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
     recipe: Recipe
     seed: int
@@ -760,11 +761,11 @@ class Run:
     def settings(self):
         """Return what a state and the run that loads it must have in common."""
         return {
-            "recipe": dataclasses.asdict(self.recipe),
+            **dataclasses.asdict(self.recipe),
             "seed": self.seed,
             "device": self.device,
             "precision": self.precision,
-            "number of training images": len(self.training.labels),
+            "training_images": len(self.training.labels),
         }
 
     def optimizer_parameters(self):
@@ -786,7 +787,7 @@ class Run:
         """
         self.check_between_epochs()
         return copy.deepcopy({
-            **self.settings(),
+            "settings": self.settings(),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "other_parameters": [values.detach() for values in self.other_parameters()],
@@ -806,9 +807,9 @@ class Run:
 
     def load_state(self, state):
         """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
-        for name, value in self.settings().items():
-            if state[name] != value:
-                raise ValueError(f"this state is of a run with another {name}")
+        differences = differing_settings(state["settings"], self.settings())
+        if differences:
+            raise ValueError(f"this state is of another run: {differences}")
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         with torch.no_grad():
@@ -816,7 +817,7 @@ class Run:
                 values.copy_(saved)
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        # A new scaler, because after an interrupted step, the old one refuses another.
+        # A new scaler: after an interrupted step, the old one would raise in the next step.
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(self.device, state["random"])
@@ -825,6 +826,17 @@ class Run:
         self.mid_epoch = False
         # The gradients belong to the weights that were replaced.
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def differing_settings(saved, current):
+    """Return, as text, the settings in which a saved run differs from the current one."""
+    differences = []
+    for name in {**current, **saved}:
+        before = saved.get(name)  # None, if the code did not have this constant then
+        now = current.get(name)
+        if before != now:
+            differences.append(f"{name} {before}, not {now}")
+    return "; ".join(differences)
 
 
 def random_state(device):
@@ -837,29 +849,25 @@ def random_state(device):
 
 def restore_random_state(device, state):
     """Go back to a `random_state`."""
-    torch.set_rng_state(state["cpu"].cpu())  # a checkpoint is loaded onto the GPU
+    torch.set_rng_state(state["cpu"].cpu())  # torch.load may have put it onto the GPU
     if device != "cpu":
         torch.get_device_module(device).set_rng_state(state[device].cpu())
 
 
 def choose_device(device="auto"):
-    """Return "cuda", "mps" or "cpu", or raise ValueError if it is not available.
+    """Return "cuda", "mps" or "cpu", or raise ValueError if PyTorch does not find it.
 
-    "auto" takes the fastest available device. Of several GPUs, the environment variable
+    "auto" takes the fastest one that it finds. Of several GPUs, the environment variable
     CUDA_VISIBLE_DEVICES chooses one.
     """
-    check_value("device", str(device), str, DEVICES)
-    available = []
+    found = []
     if torch.cuda.is_available():
-        available.append("cuda")
+        found.append("cuda")
     if torch.backends.mps.is_available():
-        available.append("mps")
-    available.append("cpu")
-    if device == "auto":
-        return available[0]
-    if str(device) not in available:
-        raise ValueError(f"device {device}: PyTorch finds no such device. Try cpu")
-    return str(device)
+        found.append("mps")
+    found.append("cpu")
+    check_value("with what PyTorch finds here, device", str(device), ["auto", *found])
+    return found[0] if device == "auto" else str(device)
 
 
 def choose_precision(device, precision="auto"):
@@ -868,31 +876,24 @@ def choose_precision(device, precision="auto"):
     "auto" is bf16 if the device has instructions for it, else fp16 on NVIDIA GPUs and
     fp32 elsewhere. A device without such instructions emulates them, which is slow.
     """
-    if precision == "auto":
-        if has_fast_bf16(device):
-            return "bf16"
-        return "fp16" if device == "cuda" else "fp32"
-    check_value("precision", precision, str, tuple(DTYPES))
+    check_value("precision", precision, ["auto", *DTYPES])
     if device == "mps" and precision == "fp16":  # Adam would not skip steps that overflow
         raise ValueError("fp16 does not work on Apple GPUs. Use fp32")
-    return precision
-
-
-def has_fast_bf16(device):
-    """Tell whether a device is known to have instructions for bf16."""
+    if precision != "auto":
+        return precision
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        capabilities = cpu_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    if device == "cpu" and cpu_capabilities().get("avx512_bf16"):
+        return "bf16"
+    return "fp32"
 
 
 def cpu_capabilities():
     """Return what PyTorch knows of the CPU, a dictionary."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    # PyTorch 2.7 to 2.10 lack this function. A CPU with amx_bf16 has avx512_bf16, too.
+    # PyTorch 2.7 to 2.10 lack this function.
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
@@ -918,7 +919,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    # cuDNN's search for fast kernels takes time. In bf16, only `capture_graph` needs it.
+    # cuDNN's search for fast kernels takes time. In bf16, it pays for the CUDA graph alone.
     torch.backends.cudnn.benchmark = precision != "bf16"
     model = make_model(recipe, model, num_classes, seed)
     model.to(device, torch.float32, memory_format=memory_format(device))
@@ -948,7 +949,7 @@ def prepare_data(recipe, training, test, device, dtype):
     training = prepare_images(training, mean, std, device, dtype, recipe.padding,
                               recipe.padding_mode)
     test = prepare_images(test, mean, std, device, dtype)
-    # Reading a value waits until a GPU is done. Else the seconds would be too few.
+    # Reading a value waits until a GPU is done. Else its work would not count as seconds.
     test.images[-1].sum().item()
     return mean, std, training, test
 
@@ -1017,10 +1018,8 @@ def keep_freed_memory():
 
     This holds for the whole process, until it ends.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
@@ -1039,8 +1038,8 @@ def capture_graph(run):
         return None
     if not all(parameter.requires_grad for parameter in run.model.parameters()):
         return None
-    # Earlier graphs, also those of other runs, are part of reference cycles. This frees their
-    # memory.
+    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
+    # other, so Python would free them only later.
     gc.collect()
     images, _ = next(augmented_batches(run, 0))
     before = copy.deepcopy(run.model.state_dict())
@@ -1122,7 +1121,7 @@ RUNNING_STATISTICS = ("running_mean", "running_var")  # names of BatchNorm's buf
 
 def averaged_tensors(module):
     """Return a module's weights, and the running statistics of its BatchNorms."""
-    # Unlike state_dict(), this lists weights that two layers share once.
+    # Weights that two layers share are listed once here, but twice in state_dict().
     weights = [values for values in module.parameters() if values.is_floating_point()]
     statistics = [values for name, values in module.named_buffers()
                   if name.endswith(RUNNING_STATISTICS)]
@@ -1134,7 +1133,7 @@ def copy_other_buffers(run):
     """Give the averaged model the buffers that have no average, such as masks and counts."""
     copies = dict(run.averaged.named_buffers())
     for name, values in run.model.named_buffers():
-        # A buffer that the model made in training is not in the average.
+        # The averaged model lacks a buffer that the model made in training.
         if not name.endswith(RUNNING_STATISTICS) and name in copies:
             copies[name].copy_(values)
 
@@ -1219,9 +1218,9 @@ def find_rates(run, on_step=None):
     UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
-    # About 200 steps, but at least one epoch and at most two. With few images, it is 120 steps,
-    # 20 for each factor of 10. Fewer would be too coarse, because the loss rises only some
-    # steps after the rate became too high.
+    # About 200 steps, but at least one epoch and at most two, and never fewer than 120. These
+    # are 20 for each factor of 10. Fewer would be too coarse, because the loss rises only
+    # some steps after the rate became too high.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
@@ -1248,8 +1247,8 @@ def record_sweep(run, steps, half_decade, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
     `half_decade` is the number of steps in which the rate grows by the root of 10. The
-    sweep stops before a loss that is NaN or infinite, at SWEEP_LIMIT, or when
-    `sweep_is_over`.
+    sweep ends at SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends
+    it, too, and is left out.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
@@ -1308,7 +1307,7 @@ def smooth_losses(losses, steps_per_decade):
 def sweep_edges(smoothed):
     """Return the first and the last step at which a sweep's smoothed loss is low.
 
-    At the first one, 90% of its fall is done. After the last one, it is above its lowest
+    From the first one on, 90% of its fall is done. After the last one, it is above its lowest
     value by more than 3% of that value, or by more than 10% of its fall, whichever is less.
     Raise UserError if it never falls.
     """
@@ -1421,10 +1420,10 @@ def train_epochs(run, rates, on_step=None):
     if run.epoch >= run.recipe.epochs:
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
                       stacklevel=2)
-    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    set_weight_decay(run.optimizer, decay)
     started = time.perf_counter()
     begin_training(run)
+    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
+    set_weight_decay(run.optimizer, decay)
     try:
         while run.epoch < run.recipe.epochs:
             run.mid_epoch = True
@@ -1483,7 +1482,7 @@ GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 # ---- Command line ---------------------------------------------------------------------
 
 def shown_default(name):
-    """Return the default of a recipe's field for --help, "8 / 0 / 8" if recipes differ."""
+    """Return the default of a recipe's field for --help, "8 / 0 / 8 / 8" if recipes differ."""
     values = []
     for recipe in RECIPES.values():
         value = getattr(recipe, name)
@@ -1506,11 +1505,11 @@ def make_parser():
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
     add("--runs", type=int, default=1, metavar="N",
         help="train N seeds in turn, from --seed on")
-    add("--subset", type=int, nargs="?", const=SAMPLE_IMAGES, metavar="N",
+    add("--subset", type=int, nargs="?", const=SAMPLE_IMAGES, default=TRAIN_IMAGES, metavar="N",
         help=f"use the first N training images ({SAMPLE_IMAGES} without N) and N/5 test images")
     add("--holdout", type=int, default=0, metavar="N",
-        help="for tuning: do not train on the last N training images, evaluate on them")
-    path = os.path.expanduser  # ~ is the home folder
+        help="for tuning: set the last N training images aside, and evaluate on them")
+    path = os.path.expanduser  # ~ stands for the home folder
     add("--data-dir", type=path, default="data", metavar="DIR",
         help="folder of CIFAR-10 (default: data)")
     add("--device", choices=DEVICES, default="auto",
@@ -1518,10 +1517,11 @@ def make_parser():
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
     add("--checkpoint", type=path, metavar="FILE",
-        help="save here after each epoch; continue from there")
+        help="save the run here after each epoch; if the file is there, continue from it")
     add("--weights", type=path, metavar="FILE", help="save the trained weights here")
     add("--output", type=path, metavar="FILE",
-        help="report, in JSON; else next to the checkpoint or a new file in results/")
+        help="file of the report, in JSON (default: next to the checkpoint, or a new one in "
+             "results/)")
     add("--no-figures", action="store_false", dest="figures", help="draw no figures")
     add_recipe_options(parser)
     return parser
@@ -1539,7 +1539,7 @@ def add_recipe_options(parser):
         choices = field.metadata["allowed"] if kind is str else None
         default = shown_default(field.name)
         group.add_argument(option, type=kind, choices=choices, metavar=metavars.get(kind),
-                           default=argparse.SUPPRESS,  # so it is known what was given
+                           default=argparse.SUPPRESS,  # `options` has only those given
                            help=f"{field.metadata['help']} (default: {default})")
 
 
@@ -1552,7 +1552,7 @@ def parse_arguments(argv):
     try:
         check_options(options)
         recipe = take_recipe(options)
-        # `start_run` checks both again. Here, a device that is missing ends with exit code 2.
+        # `start_run` checks both again. But here, an error ends with exit code 2.
         choose_precision(choose_device(options.device), options.precision)
         if options.output is None:
             options.output = default_output(options.checkpoint)
@@ -1571,32 +1571,37 @@ def with_dashes(argument):
 
 
 def check_options(options):
-    """Raise ValueError if an option that is no constant of the recipe is not allowed."""
-    image_count = options.subset or TRAIN_IMAGES
+    """Raise ValueError if the value of an option is not allowed.
+
+    Recipe checks its own constants.
+    """
     bounds = {
         "seed": (0, 2**32 - 1),
         "runs": (1, 1000),
         "subset": (5, TRAIN_IMAGES),
-        "holdout": (0, image_count - 2),
+        "holdout": (0, options.subset - 2),
         "lr_max": (1e-30, 1e30),
         "lr_min": (1e-30, options.lr_max or 1e30),
     }
     for name, allowed in bounds.items():
         value = getattr(options, name)
         if value is not None:
-            check_value(name, value, type(allowed[0]), allowed)
+            check_value(name, value, allowed)
 
 
 def take_recipe(options):
-    """Return the Recipe that the options name, and delete its constants from `options`."""
+    """Return the Recipe that the options name.
+
+    Its constants are deleted from `options`, so that the report has each of them once.
+    """
     recipe = RECIPES[options.recipe]
     overrides = {}
     for field in dataclasses.fields(Recipe):
         if field.name in options:
             overrides[field.name] = vars(options).pop(field.name)
     if overrides.get("batch_size"):
-        image_count = (options.subset or TRAIN_IMAGES) - options.holdout
-        check_value("batch_size", overrides["batch_size"], int, (2, image_count))
+        image_count = options.subset - options.holdout
+        check_value("batch_size", overrides["batch_size"], (2, image_count))
     return dataclasses.replace(recipe, **overrides)
 
 
@@ -1625,7 +1630,8 @@ def check_files(options):
     names = [name for name in given if name is not None]
     for name in names:
         if name.endswith(("/", os.sep)):
-            raise ValueError(f"output, checkpoint and weights must be files, got {name}")
+            raise ValueError("output, checkpoint and weights must be names of files, without "
+                             f"a slash at the end, got {name}")
     paths = [Path(name).resolve() for name in names]
     if len(set(paths)) < len(paths):
         raise ValueError("output, checkpoint and weights must be different files, got "
@@ -1650,9 +1656,9 @@ def options_of_seed(options, seed):
 def write_file(path, save=None):
     """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails.
 
-    Without `save`, only try whether a file can be written there. What is there now stays.
+    Without `save`, only test whether a file can be written there. An existing file stays.
     """
-    content = io.BytesIO()  # torch.save would not raise an OSError for a full disk
+    content = io.BytesIO()  # torch.save would raise another error than OSError for a full disk
     if save is not None:
         save(content)
     target = Path(path).resolve()  # symbolic links are kept
@@ -1682,7 +1688,7 @@ def save_weights(path, run, classes):
     if len(classes) != run.num_classes:
         raise ValueError(f"save_weights needs {run.num_classes} names of classes, because "
                          f"num_classes is {run.num_classes}, got {len(classes)}")
-    # A network that was given to the run has a scale of its own.
+    # A network that was given to the run may have another scale than the recipe.
     recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
         "recipe": dataclasses.asdict(recipe),
@@ -1766,7 +1772,7 @@ def new_report(run, options):
             "options": dict(vars(options)),
         },
         "environment": describe_environment(run),
-        "continued_in": [],  # the environments of later processes, after a checkpoint
+        "continued_in": [],  # the environments of processes that continued a checkpoint
         "data": {
             "train_images": len(run.training.labels),
             "test_images": len(run.test.labels),
@@ -1800,17 +1806,15 @@ def describe_rates(run, rates, options):
     }
 
 
-def summarize_epochs(rows, image_count):
+def summarize_epochs(rows):
     """Return the part of a summary that follows from the rows of the epochs."""
-    seconds = sum(row["train_seconds"] for row in rows)
     epochs_to = {}
     seconds_to = {}
     for goal in GOALS:
         reached = [row for row in rows if row["test_accuracy"] >= goal]
         epochs_to[f"{goal:.2f}"] = reached[0]["epoch"] if reached else None
         seconds_to[f"{goal:.2f}"] = reached[0]["elapsed_seconds"] if reached else None
-    return {"train_seconds": seconds,
-            "images_per_second": len(rows) * image_count / seconds if rows else None,
+    return {"train_seconds": sum(row["train_seconds"] for row in rows),
             "seconds_to": seconds_to, "epochs_to": epochs_to}
 
 
@@ -1825,129 +1829,88 @@ class Recorder:
         self.report = new_report(run, options)
         self.summary = self.report["summary"]
 
-    def prepare_files(self):
-        """Try all files that the run will write, and write the first report."""
-        for path in (self.options.checkpoint, self.options.weights):
-            if path is not None:
-                write_file(path)
-        self.update_summary("running")
-        self.save_report()
-
-    def remove_old_figures(self):
-        """Remove the figures of an earlier run whose report had the same name."""
-        for name in FIGURES:
-            with contextlib.suppress(OSError):  # most often, there is none
-                figure_path(self.options.output, name).unlink()
+    def settings(self):
+        """Return what a checkpoint and the run that continues it must have in common."""
+        given = {name: getattr(self.options, name) for name in ("holdout", "lr_max", "lr_min")}
+        return {**self.run.settings(), **given}
 
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
         # If the disk fails, the file may be undamaged. So this error is raised as it is.
         content = io.BytesIO(Path(path).read_bytes())
-        with explain_errors(f"{path} is not a readable checkpoint",
-                            "Choose another --checkpoint."):
+        try:
             saved = torch.load(content, map_location=self.run.device, weights_only=True)
-            differences = differing_settings(saved["report"], self.report)
+            differences = differing_settings(saved["settings"], self.settings())
+            if not differences:
+                self.run.load_state(saved["run"])
+        except Exception as error:  # a damaged file raises errors of many types
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{path} is not a readable checkpoint of this code "
+                            f"({type(error).__name__}).\nIf you changed the code since, undo "
+                            "that, or choose another --checkpoint.") from None
         if differences:
-            raise UserError(f"{path} is of another run: {'; '.join(differences)}.\nGive the "
-                            "options of that run, also --device and --precision if this is "
-                            "another machine.\nOr choose another --checkpoint.")
-        with explain_errors(f"{path} does not fit the network or the optimizer",
-                            "If you changed the code since, undo that, or choose another "
-                            "--checkpoint."):
-            self.run.load_state(saved["run"])
+            raise UserError(f"{path} is of another run: {differences}.\nGive the options of "
+                            "that run. On another machine, also give --device and "
+                            "--precision.\nOr choose another --checkpoint.")
         self.continue_report(saved["report"])
+        print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
     def continue_report(self, saved):
         """Go on with the report of a checkpoint. Its environment is that of the first process."""
         current_environment = self.report["environment"]
-        for section in ("environment", "rates", "lr_sweep", "epochs"):
+        for section in ("environment", "continued_in", "rates", "lr_sweep", "epochs"):
             self.report[section] = saved[section]
-        self.report["continued_in"] = saved.get("continued_in", [])
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
         self.summary.update(saved["summary"])
         # The seconds of earlier processes count, too. So the start moves back by them.
         self.started -= self.summary["total_seconds"]
 
-    def is_complete(self):
-        """Tell whether the run was complete, in this process or when its checkpoint was saved."""
-        return self.summary.get("status") == "complete"
-
     def update_summary(self, status):
         """Bring the report's summary up to date. That of a complete run stays as it is."""
-        if self.is_complete():
-            return
-        image_count = self.report["data"]["train_images"]
-        self.summary.update(summarize_epochs(self.report["epochs"], image_count))
-        self.summary["status"] = status
-        self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
-        self.summary["total_seconds"] = time.perf_counter() - self.started
+        if self.summary.get("status") != "complete":
+            self.summary.update(summarize_epochs(self.report["epochs"]))
+            self.summary["status"] = status
+            self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
+            self.summary["total_seconds"] = time.perf_counter() - self.started
 
-    def save_report(self):
+    def save_report(self, status):
+        """Write the report of a run with this status."""
+        self.update_summary(status)
         text = json.dumps(self.report, indent=1, allow_nan=False) + "\n"
         write_file(self.options.output, lambda file: file.write(text.encode()))
 
     def save_checkpoint(self):
         if self.options.checkpoint is not None:
-            content = {"run": self.run.state(), "report": self.report}
+            content = {
+                "settings": self.settings(),
+                "run": self.run.state(),
+                "report": self.report,
+            }
             write_file(self.options.checkpoint, lambda file: torch.save(content, file))
 
     def save_progress(self):
         """Save report and checkpoint of a run that goes on."""
-        self.update_summary("running")
-        with warn_if_write_fails():
-            self.save_report()
-        with warn_if_write_fails():
-            self.save_checkpoint()
+        save_all_or_warn(lambda: self.save_report("running"), self.save_checkpoint)
 
 
-@contextlib.contextmanager
-def explain_errors(message, advice):
-    """Turn the many types of errors that a damaged file raises into a UserError.
-
-    A lack of memory is raised as it is, because the file may be undamaged.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{message} ({type(error).__name__}).\n{advice}") from None
+def save_all(*saves):
+    """Call each of `saves`. Return an error for each file that could not be written."""
+    failures = []
+    for save in saves:
+        try:
+            save()
+        except UserError as error:  # the other files may still be written
+            failures.append(error)
+    return failures
 
 
-@contextlib.contextmanager
-def warn_if_write_fails():
-    """Print a failed write as a warning. A later write will try again."""
-    try:
-        yield
-    except UserError as error:
-        print(f"warning  {error}")
-
-
-def differing_settings(saved, current):
-    """Return, as text, the settings in which two reports differ.
-
-    A continued run must have the settings of its checkpoint.
-    """
-    def settings_of(report):
-        options = report["config"]["options"]
-        data = report["data"]
-        environment = report["environment"]
-        return {
-            **report["config"]["recipe"],
-            **{name: options[name] for name in ("seed", "lr_max", "lr_min")},
-            **{name: data[name] for name in ("train_images", "test_images", "evaluated_on")},
-            **{name: environment[name] for name in ("device", "precision")},
-        }
-
-    then = settings_of(saved)
-    differences = []
-    for name, value in settings_of(current).items():
-        before = then.get(name)  # None, if the code did not have this constant then
-        if before != value:
-            differences.append(f"{name} {before}, not {value}")
-    return differences
+def save_all_or_warn(*saves):
+    """Call each of `saves`. Print a warning for each file that could not be written."""
+    for failure in save_all(*saves):
+        print(f"warning  {failure}")
 
 
 # ---- Screen ---------------------------------------------------------------------------
@@ -1959,13 +1922,13 @@ def show_status(text):
     """Show `text` in place of the last line of a terminal or of a notebook's output."""
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
-        # A longer text would start a new line. Some terminals say that they have 0 columns.
+        # A longer text would start a new line. In Python 3.10, a terminal may have 0 columns.
         width = max(0, shutil.get_terminal_size().columns - 1)
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
 def show_progress(run, sweeping=False):
-    """Return an `on_step` that shows time left, step, loss and speed once a second."""
+    """Return an `on_step` that shows time left, step, loss and speed, at most once a second."""
     started = time.perf_counter()
     shown = started
 
@@ -2071,15 +2034,6 @@ def print_runs(accuracies):
 
 # ---- Figures: next to the report, if matplotlib is installed --------------------------
 
-FIGURES = ("sweep", "curves", "confusion", "misclassified", "augmented")
-
-
-def figure_path(output, name):
-    """Return the file of a figure, next to the report `output`."""
-    stem, _ = split_ending(output)
-    return Path(f"{stem}-{name}.png")
-
-
 def plot_sweep(figure, report):
     """Draw the loss over the learning rate, with LRMIN and LRMAX."""
     axes = figure.subplots()
@@ -2097,7 +2051,7 @@ def plot_sweep(figure, report):
               label=f"{1 - FALL_PART:.0%} of the fall")
     axes.plot(lrs[last], smoothed[last], "o", color="tab:red",
               label="last rate before the rise")
-    # The loss after divergence would flatten the rest.
+    # After divergence, the loss is so high that all else would look flat.
     axes.set_ylim(top=min(axes.get_ylim()[1], 2 * smoothed[0]))
     axes.set_title("Learning-rate range sweep")
     axes.set_xlabel("learning rate (log scale)")
@@ -2140,7 +2094,7 @@ def plot_curves(figure, report):
 
 
 def learning_rate_curve(report):
-    """Return the time of each step of the trained epochs, in epochs, and its learning rate."""
+    """Return, for each step that was trained, its time in epochs and its learning rate."""
     recipe = Recipe(**report["config"]["recipe"])
     rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
     steps = count_steps(report["data"]["train_images"], recipe.batch_size)
@@ -2162,7 +2116,7 @@ def plot_images(figure, run, images, captions, columns, title):
 
 
 def plot_confusion(figure, run, probabilities, report, classes):
-    """Draw which share of each class, in percent, is taken for which class."""
+    """Draw a table: how many percent of each class are taken for each class."""
     labels = run.test.labels
     predicted = probabilities.argmax(1)
     count = len(classes)
@@ -2208,12 +2162,13 @@ def save_figure(report, name, size, plot, *content):
     plot(figure, *content)
     if not figure.axes:  # there is nothing to show
         return
-    path = figure_path(report["config"]["options"]["output"], name)
+    stem, _ = split_ending(report["config"]["options"]["output"])
+    path = f"{stem}-{name}.png"
     write_file(path, lambda file: figure.savefig(file, format="png"))
     print(f"figure   {path}")
     if IN_NOTEBOOK:
         from IPython.display import Image, display
-        display(Image(filename=str(path)))
+        display(Image(filename=path))
 
 
 def save_curves(report):
@@ -2249,23 +2204,17 @@ def try_to_draw(draw, *content):
 
 def load_data(options):
     """Return training split, test split and class names, after --subset and --holdout."""
-    count = options.subset or TRAIN_IMAGES
-    if count <= SAMPLE_IMAGES and SAMPLE.exists():
+    if options.subset <= SAMPLE_IMAGES and SAMPLE.exists():
         print(f"sample   the images are those of {SAMPLE}")
         training, test, classes = load_sample()
     else:
         training, test, classes = load_cifar10(options.data_dir)
-    training = take_images(training, slice(count))
-    test = take_images(test, slice(count // 5))
+    training = take_images(training, slice(options.subset))
+    test = take_images(test, slice(options.subset // 5))
     if options.holdout:
         test = take_images(training, slice(-options.holdout, None))
         training = take_images(training, slice(-options.holdout))
     return training, test, classes
-
-
-def take_images(split, chosen):
-    """Return a part of a Split; `chosen` is a slice."""
-    return Split(split.images[chosen], split.labels[chosen])
 
 
 def choose_rates(run, options):
@@ -2298,12 +2247,11 @@ def train_once(recipe, options, data):
     recorder = Recorder(run, options, started)
     if options.checkpoint is not None and Path(options.checkpoint).is_file():
         recorder.resume()
-    recorder.prepare_files()
+    for path in (options.checkpoint, options.weights):
+        if path is not None:
+            write_file(path)  # only a test: training takes long, and the name may be wrong
+    recorder.save_report("running")
     print_heading(recorder.report)
-    if run.epoch == 0:
-        recorder.remove_old_figures()
-    else:
-        print(f"resumed  {options.checkpoint} after epoch {run.epoch} of {recipe.epochs}")
     try:
         train_and_record(recorder)
     except BaseException as error:
@@ -2314,7 +2262,7 @@ def train_once(recipe, options, data):
 
 
 def record_failure(recorder, error):
-    """Save and print what is left of a run that ends with an error, or with Ctrl-C."""
+    """Save and print what a run has reached when an error or a signal ends it."""
     was_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
     if was_stopped:
         status = "interrupted"
@@ -2323,9 +2271,7 @@ def record_failure(recorder, error):
     else:
         status = "failed"
     show_status("")
-    recorder.update_summary(status)
-    with warn_if_write_fails():
-        recorder.save_report()
+    save_all_or_warn(lambda: recorder.save_report(status))
     if was_stopped:
         print_interruption(recorder.options)
     if recorder.options.figures:
@@ -2336,15 +2282,14 @@ def train_and_record(recorder):
     """Find the learning rates, train to the end, and keep report and checkpoint current."""
     run = recorder.run
     report = recorder.report
-    if report["rates"] is None:
+    if report["rates"] is None:  # else the checkpoint had them
         sweep_started = time.perf_counter()
         rates = choose_rates(run, recorder.options)
         recorder.summary["sweep_seconds"] = time.perf_counter() - sweep_started
         report["rates"] = describe_rates(run, rates, recorder.options)
         report["lr_sweep"] = rates.sweep
         recorder.save_progress()
-    else:  # the checkpoint has them
-        rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+    rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
     print_rates(report)
     if run.epoch < run.recipe.epochs:
         for row in train_epochs(run, rates, show_progress(run)):
@@ -2352,7 +2297,7 @@ def train_and_record(recorder):
             show_status("")
             print(TABLE_ROW.format(**row))
             recorder.save_progress()
-    if report["epochs"] and not recorder.is_complete():
+    if report["epochs"] and recorder.summary["tta_test_accuracy"] is None:
         recorder.summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
         with_tta = evaluate_run(run, tta=True)
         recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
@@ -2364,15 +2309,10 @@ def finish_run(recorder, classes):
     recorder.update_summary("complete")
     if recorder.report["epochs"]:
         print_summary(recorder.report)
-    saves = [recorder.save_report, recorder.save_checkpoint]
+    saves = [lambda: recorder.save_report("complete"), recorder.save_checkpoint]
     if options.weights is not None:
         saves.append(lambda: save_weights(options.weights, recorder.run, classes))
-    failures = []
-    for save in saves:
-        try:
-            save()
-        except UserError as error:  # the other files may still be written
-            failures.append(error)
+    failures = save_all(*saves)
     if failures:
         raise UserError("\n".join(str(failure) for failure in failures))
     if options.weights is not None:
@@ -2426,14 +2366,6 @@ def run_process():
         if not is_out_of_memory(error):
             raise
         sys.exit("error: out of memory. Try a smaller --batch-size.")
-
-
-def is_out_of_memory(error):
-    """Tell whether an error of PyTorch or Python says that there is no memory left."""
-    text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
-               "not enough memory")  # Windows
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def give_first_convolution_to_adam(run):
 
     train.py did so when the first studies were made.
     """
-    adam_group, *_, muon_group = run.optimizer.param_groups
+    muon_group, adam_group, _ = run.optimizer.param_groups
     adam_group["params"].append(muon_group["params"].pop(0))
 
 

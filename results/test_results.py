@@ -566,7 +566,7 @@ def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkey
 def matrices_of_adam(run):
     """Return the names of the weights, but for biases and BatchNorms, that Adam updates."""
     names = {id(values): name for name, values in run.model.named_parameters()}
-    return [names[id(values)] for values in run.optimizer.param_groups[0]["params"]]
+    return [names[id(values)] for values in run.optimizer.param_groups[1]["params"]]
 
 
 def test_a_run_of_muon_tuning_trains_with_its_values(monkeypatch, started_runs):
@@ -646,7 +646,7 @@ def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
         label_smoothing=0.1, padding=2)
     assert run.precision == "bf16"
     assert run.loss is train.cross_entropy
-    assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(0.05 / 300)  # of the last step
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 300)  # of the last step
     assert type(run.model) is best_tuning.HalfResNet
 
 
