@@ -49,6 +49,13 @@ VALUES_OF_SEEDS = {
     14: (0.1, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
     15: (0.1, 0, 0.2, 2, "adam", 0, 128, 6, "fp32"),
     17: (0.1, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
+    # The same but for label smoothing, or Muon's rate.
+    18: (0.1, 0, 0.1, 2, "muon", 0, 128, 6, "fp32"),
+    19: (0.1, 0, 0.1, 2, "muon", 0, 128, 6, "fp32"),
+    20: (0.14, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
+    21: (0.14, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
+    22: (0.07, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
+    23: (0.07, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
 }
 RUNS = {f"seed{seed}": dict(zip(VALUE_NAMES, values))
         for seed, values in VALUES_OF_SEEDS.items()}
