@@ -19,8 +19,14 @@ it: command line, files, screen, figures, and `main`. The method in calls:
             update_average       the moving average of the weights
         evaluate_run
 
-`main` calls them through `train_once`. After `import train`, your own experiment can call
-them, too.
+The program in calls:
+
+    main                         options and data, then for each seed:
+    train_once                   start_run; a Recorder for report and checkpoint
+        train_and_record         find_rates and train_epochs
+        finish_run               result, files, figures
+
+After `import train`, your own experiment can call all of them, too.
 """
 
 import argparse
@@ -66,24 +72,43 @@ if torch.__version__ < (2, 7):  # PyTorch's own type of string, which compares v
 
 # ==== THE METHOD =======================================================================
 
+# ---- Errors and warnings ---------------------------------------------------------------
+
+class UserError(RuntimeError):
+    """A failure whose message says what happened and what to do next."""
+
+
+class Diverged(UserError):
+    """The loss became NaN or infinite."""
+
+
+def is_out_of_memory(error):
+    """Tell whether an error of PyTorch or Python says that there is no memory left."""
+    text = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
+               "not enough memory", "alloc_failed")  # Windows, cuBLAS
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
+
+
+class UncertainRates(UserWarning):
+    """The sweep found learning rates, but they may be far from the best."""
+
+
 # ---- Recipe: each field becomes an option of the command line -------------------------
 
-MAX_EPOCHS = 100_000
+MAX_EPOCHS = 100_000  # below SWEEP_EPOCH, see there
 
 
 def recipe_field(default, allowed, help):
-    """Return a field of Recipe, with the type of its default.
-
-    `allowed` is that of `check_value`.
-    """
+    """Return a field of Recipe; `help` is its text for --help, `allowed` as in `check_value`."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
 
 def check_value(name, value, allowed):
     """Raise ValueError with a sentence about `name`, unless `value` is allowed.
 
-    `allowed` holds the names, or the lowest and highest number. If these two are integers,
-    the value must be one.
+    `allowed` holds the names, or the lowest and highest number. Bounds that are written as
+    0 and 9 allow integers alone, 0.0 and 9.0 all numbers between them.
     """
     kind = type(allowed[0])
     if kind is str:
@@ -112,7 +137,7 @@ class Recipe:
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for the convolutions, Adam for the rest")
     muon_lr_factor: float = recipe_field(
-        5 / 3, (1e-6, 1e6), "Muon's learning rate / Adam's")
+        5 / 3, (1e-6, 1e6), "with muon: its learning rate / Adam's")
     peak_fraction: float = recipe_field(
         5 / 24, (0.0, 0.99), "part of the run before the peak")
     annihilation: float = recipe_field(
@@ -124,8 +149,8 @@ class Recipe:
     # Adam divides a gradient by (root of its mean square) + epsilon. 0.01 is larger than most
     # of these roots, so Adam moves the weights almost as SGD with momentum would.
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
-    # Weight decay as a time: at LRMAX, decay alone shrinks a weight to 1/e in this many
-    # epochs. The same time suits all batch sizes and learning rates.
+    # Weight decay is given as a time: at LRMAX, decay alone shrinks a weight to 1/e in this
+    # many epochs. The same time suits all batch sizes and learning rates.
     decay_epochs: float = recipe_field(
         5.0, (0.0, 1e5), "epochs in which weight decay shrinks a weight to 1/e; 0: no decay")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
@@ -176,7 +201,7 @@ RECIPES = {
 
 
 def choose_batch_size(recipe, image_count):
-    """Return the recipe; if its batch size is 0, with one for so many training images.
+    """Return the recipe with a batch size for `image_count` images, unless it names one.
 
     Few images get smaller batches. Else an epoch would have few steps and teach little.
     """
@@ -186,23 +211,13 @@ def choose_batch_size(recipe, image_count):
     return dataclasses.replace(recipe, batch_size=batch_size)
 
 
-class UserError(RuntimeError):
-    """A failure whose message says what happened and what to do next."""
-
-
-class Diverged(UserError):
-    """The loss became NaN or infinite."""
-
-
-def is_out_of_memory(error):
-    """Tell whether an error of PyTorch or Python says that there is no memory left."""
-    text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
-               "not enough memory", "alloc_failed")  # Windows, cuBLAS and cuDNN
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
-
-
 # ---- Data: the whole data set on the device -------------------------------------------
+
+# Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
+SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
+SAMPLE = SCRIPT.parent / "data" / "sample.npz"
+SAMPLE_IMAGES = 2000  # for training, and 400 for tests
+
 
 class Split(NamedTuple):
     """Images (N, C, H, W) and their labels (N,), two tensors on one device."""
@@ -263,7 +278,7 @@ def download_cifar10(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
         # A second run waits here until the first one has the data.
         with FileLock(data_dir / "cifar-10.lock"):
-            with contextlib.suppress(RuntimeError):  # unless the first one has brought it
+            with contextlib.suppress(RuntimeError):  # the first one may have brought it
                 return read_cifar10(data_dir)
             if not check_integrity(str(archive), CIFAR10.tgz_md5):
                 print(f"download CIFAR-10 (170 MB) from {CIFAR10.url} to {data_dir}",
@@ -282,12 +297,6 @@ def download_cifar10(data_dir):
         socket.setdefaulttimeout(timeout)
 
 
-# Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
-SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
-SAMPLE = SCRIPT.parent / "data" / "sample.npz"
-SAMPLE_IMAGES = 2000  # for training, and 400 for tests
-
-
 def load_sample():
     """Return the sample: the first 2,000 training and 400 test images, and class names."""
     with np.load(SAMPLE) as sample:
@@ -296,29 +305,29 @@ def load_sample():
         return training, test, sample["classes"].tolist()
 
 
+def per_channel(values, images):
+    """Return values (C,) as (1, C, 1, 1), on the device of images (N, C, H, W)."""
+    return values.to(images.device).view(1, -1, 1, 1)
+
+
 def normalize_images(images, mean, std):
     """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
-    mean = for_channels(mean, images)
-    std = for_channels(std, images)
+    mean = per_channel(mean, images)
+    std = per_channel(std, images)
     # In place, because a whole data set may need a large part of the memory.
     return images.float().div_(255).sub_(mean).div_(std)
 
 
 def restore_images(images, mean, std):
     """Return normalized images (N, C, H, W) as uint8: `normalize_images`, undone."""
-    mean = for_channels(mean, images)
-    std = for_channels(std, images)
+    mean = per_channel(mean, images)
+    std = per_channel(std, images)
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
 
 
-def for_channels(values, images):
-    """Return one value for each channel (C,) in a shape that fits images (N, C, H, W)."""
-    return values.to(images.device).view(1, -1, 1, 1)
-
-
-def memory_format(device):
+def fast_layout(device):
     """Return the layout of images and weights that is fast and correct on `device`."""
     # Many versions of PyTorch get channels-last gradients on Apple GPUs wrong:
     # https://github.com/pytorch/pytorch/issues/175189
@@ -331,7 +340,7 @@ def prepare_images(split, mean, std, device, dtype, padding=0, padding_mode="con
     images = normalize_images(split.images.to(device), mean, std).to(dtype)
     if padding:
         images = F.pad(images, (padding,) * 4, mode=padding_mode)
-    images = images.contiguous(memory_format=memory_format(device))
+    images = images.contiguous(memory_format=fast_layout(device))
     return Split(images, split.labels.to(device).long())
 
 
@@ -343,7 +352,7 @@ def check_split(name, split, num_classes):
         reason = "images and labels must be tensors. make_split makes them of arrays"
     elif images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         shape = tuple(images.shape)
-        reason = f"images must be uint8 (N, C, H, W), got {images.dtype} {shape}"
+        reason = f"images must be uint8 (N, C, H, W), one or more, got {images.dtype} {shape}"
     elif labels.shape != images.shape[:1]:
         reason = (f"labels must be ({len(images)},), one for each image, "
                   f"got {tuple(labels.shape)}")
@@ -367,9 +376,9 @@ def count_steps(image_count, batch_size):
 
 # ---- Augmentation: tensor operations on a batch, with random draws for each image -----
 
-# Each epoch of each seed has random numbers of its own. Epoch 0 is for draws before training,
-# 1 to MAX_EPOCHS are for training, and the sweep begins at SWEEP_EPOCH. So training shows
-# none of the sweep's batches.
+# Each epoch of each seed has random numbers of its own. Epoch 0 is for draws that belong to no
+# epoch, such as which half of the images is mirrored first. 1 to MAX_EPOCHS are for training,
+# and the sweep begins at SWEEP_EPOCH. So training shows none of the sweep's batches.
 SWEEP_EPOCH = 900_000
 # The stride is larger than the number of every epoch, so that two seeds never draw the same
 # numbers. (Up to seed 4,000: the CPU's generator keeps only 32 bits of its seed.)
@@ -405,11 +414,13 @@ def draw_flips(run, epoch, generator):
 def crop_images(images, top, left, height, width):
     """Cut (B, C, height, width) out of (B, C, H, W), each at its own corner."""
     device = images.device
-    image_index = torch.arange(len(images), device=device).view(-1, 1, 1)
-    row = (top.view(-1, 1) + torch.arange(height, device=device)).view(-1, height, 1)
-    column = (left.view(-1, 1) + torch.arange(width, device=device)).view(-1, 1, width)
+    image_index = torch.arange(len(images), device=device)  # (B,)
+    rows = top[:, None] + torch.arange(height, device=device)  # (B, height)
+    columns = left[:, None] + torch.arange(width, device=device)  # (B, width)
     channels_last = images.permute(0, 2, 3, 1)  # so that an index takes a whole pixel
-    return channels_last[image_index, row, column].permute(0, 3, 1, 2)
+    # Together, the three indices have the shape (B, height, width).
+    crops = channels_last[image_index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2)
 
 
 def cut_holes(images, top, left, size):
@@ -430,7 +441,7 @@ def cut_holes(images, top, left, size):
 def augment_images(recipe, padded, mirrored, generator):
     """Crop, flip and cut out: from padded images to (B, C, H, W).
 
-    Each image has a random crop and a random hole of its own, which lies inside the crop.
+    Each image has its own random crop, and its own random hole inside that crop.
     """
     count = len(padded)
 
@@ -457,10 +468,11 @@ def augmented_batches(run, epoch):
     generator = epoch_generator(run.seed, epoch, device)
     mirrored = draw_flips(run, epoch, generator)
     order = torch.randperm(len(labels), generator=generator, device=device)
-    layout = memory_format(device)
+    layout = fast_layout(device)
     batch_size = run.recipe.batch_size
-    cuts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
-    for chosen in order.tensor_split(tuple(cuts)):  # the last batch has the rest
+    # Where each batch but the first begins. The last one has the rest, see `count_steps`.
+    starts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
+    for chosen in order.tensor_split(tuple(starts)):
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
         if run.augment is not None:
             batch = run.augment(batch, generator)
@@ -510,7 +522,7 @@ class ResNet(nn.Module):
         self.pool = nn.Sequential(nn.MaxPool2d(4), nn.Flatten())  # (B, 512)
         self.head = nn.Linear(512, num_classes)
         self.logit_scale = recipe.logit_scale
-        if recipe.initialization == "identity":
+        if recipe.initialization == "identity":  # `start_run` also whitens: it has images
             pass_input_on(self)
 
     def forward(self, x):
@@ -518,14 +530,15 @@ class ResNet(nn.Module):
         return self.head(self.pool(x)) * self.logit_scale
 
 
-def pass_input_on(network):
+def pass_input_on(model):
     """Let every convolution but the first begin by passing its input on.
 
-    Its first filters become the identity, the others stay random. So the untrained network
-    already carries the image to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
+    A convolution of C channels gets C filters that each pass one channel on. Its other
+    filters stay random. So the untrained network already carries the image to its last layer
+    (K. Jordan, arXiv:2404.00498, section 3.3).
     """
-    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    for convolution in convolutions[1:]:
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    for convolution in convolutions[1:]:  # the first one is for `whiten_patches`
         nn.init.dirac_(convolution.weight[:convolution.in_channels])
 
 
@@ -538,7 +551,7 @@ def whiten_patches(model, images):
     negatives, because ReLU keeps positive outputs alone (tysam-code, hlb-CIFAR10). The
     other 10 stay random.
     """
-    patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions)
+    patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions); 27 = 3 x 3 x 3 channels
     covariance = torch.cov(patches.transpose(0, 1).flatten(1))
     variances, directions = torch.linalg.eigh(covariance)
     # Directions with almost no variance are noise. 0.01 keeps them from being amplified.
@@ -566,22 +579,22 @@ def orthogonalize(matrix, dtype=torch.float32):
         x = x.T  # makes the products smaller
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = 3.4445 * x + (-4.7750 * gram + (2.0315 * gram) @ gram) @ x  # K. Jordan's numbers
     return x.T if is_tall else x
 
 
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    The direction of the step is the gradient plus a part of the momentum, seen as a matrix
-    (out, in x height x width). The step subtracts `lr` times the nearest matrix whose
-    singular values are near 1. So all directions of the matrix learn at one speed.
+    The gradient plus a part of the momentum is seen as a matrix (out, in x height x width).
+    The step subtracts `lr` times the nearest matrix whose singular values are near 1. So no
+    part of the gradient learns much faster than another.
     `momentum`, the fading sum of all gradients, has the shape of `weight` and is updated,
     too. `dtype` is that of the matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
-    direction = gradient + MUON_MOMENTUM * momentum  # Nesterov's
-    update = orthogonalize(direction.flatten(1), dtype)
+    combined = gradient + MUON_MOMENTUM * momentum  # Nesterov's
+    update = orthogonalize(combined.flatten(1), dtype)
     # A fixed norm takes the place of weight decay. This scaling does not change the output of
     # our network, because the BatchNorm that follows divides by the deviation.
     weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
@@ -589,7 +602,11 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the weights of convolutions, and Adam for all else, in one optimizer."""
+    """Muon for the weights of convolutions, and Adam for all else, in one optimizer.
+
+    This object has all groups of parameters, of which the first is Muon's, and the state of
+    all parameters. So they are saved as one. `adam` only lends its `step`.
+    """
 
     def __init__(self, weights, adam, lr_factor, dtype=torch.float32):
         """`weights` are those for Muon. `adam` is an Adam with the other parameters.
@@ -609,8 +626,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Take a step with all parameters that have a gradient."""
         muon_group, *adam_groups = self.param_groups
-        # Adam works on the groups and the state of this object, so that they are saved as
-        # one. load_state_dict replaces both, so Adam is given them in each step.
+        # Adam works on the groups and the state of this object. load_state_dict replaces
+        # both, so Adam is given them in each step.
         self.adam.state = self.state
         self.adam.param_groups = adam_groups
         self.adam.step()
@@ -623,6 +640,12 @@ class Muon(torch.optim.Optimizer):
             muon_step(weight, weight.grad, state["momentum"], muon_group["lr"], self.dtype)
 
 
+def convolution_weights(model):
+    """Return the weights of all convolutions (Conv2d), each once, in the model's order."""
+    weights = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)}
+    return [parameter for parameter in model.parameters() if parameter in weights]
+
+
 def make_optimizer(recipe, model, dtype):
     """Return the optimizer that the recipe names, for all parameters of the model.
 
@@ -631,20 +654,16 @@ def make_optimizer(recipe, model, dtype):
     """
     muon_weights = []
     if recipe.optimizer == "muon":
-        convolutions = {module.weight for module in model.modules()
-                        if isinstance(module, nn.Conv2d)}
-        muon_weights = [parameter for parameter in model.parameters()
-                        if parameter in convolutions]
+        muon_weights = convolution_weights(model)
         if not muon_weights:
             raise ValueError("the optimizer muon needs a network with convolutions")
     of_muon = set(muon_weights)
     rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
-    # Decoupled weight decay spares biases and BatchNorms. `set_weight_decay` sets it, because
-    # it depends on LRMAX. `train_step` sets learning rate and beta1.
-    groups = [
-        {"params": [parameter for parameter in rest if parameter.ndim > 1], "decays": True},
-        {"params": [parameter for parameter in rest if parameter.ndim <= 1], "decays": False},
-    ]
+    matrices = [parameter for parameter in rest if parameter.ndim > 1]
+    vectors = [parameter for parameter in rest if parameter.ndim <= 1]  # biases, BatchNorms
+    # "decays" is a key of our own. `set_weight_decay` looks for it when LRMAX is known.
+    groups = [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
+    # `train_step` sets the learning rate and the first beta.
     adam = torch.optim.Adam(
         groups, betas=(recipe.beta1_peak, recipe.beta2), eps=recipe.epsilon,
         weight_decay=recipe.l2, decoupled_weight_decay=not recipe.l2, fused=True)
@@ -653,9 +672,45 @@ def make_optimizer(recipe, model, dtype):
     return adam
 
 
-# ---- Run: a model on a device, with what trains it; one step --------------------------
+def set_lr_and_beta1(optimizer, lr, beta1):
+    """Set the learning rate and Adam's first beta, or the momentum, of all groups.
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
+    A group's learning rate is `lr` times its "lr_factor", if it has one. The momentum of
+    Muon is fixed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1)
+        if "betas" in group:
+            group["betas"] = (beta1, *group["betas"][1:])
+        elif group.get("momentum"):
+            group["momentum"] = beta1
+
+
+def choose_weight_decay(recipe, lr_max, steps_per_epoch):
+    """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
+
+    A step multiplies a weight by 1 - learning rate * decay. At LRMAX, this shrinks a weight
+    to 1/e in `decay_epochs` epochs (X. Wang and L. Aitchison, arXiv:2405.13698).
+    """
+    if recipe.l2:
+        return recipe.l2
+    if not recipe.decay_epochs:
+        return 0.0
+    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean and
+    # variance can adapt.
+    decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
+    return 1 / (decay_steps * lr_max)
+
+
+def set_weight_decay(optimizer, decay):
+    """Set the weight decay of the groups that take it from the recipe."""
+    for group in optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = decay
+
+
+# ---- Run: a model on a device, with what trains it ------------------------------------
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -663,7 +718,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Run:
     """A model, what trains it, and how far it has come. `start_run` makes one.
 
-    These parts can be exchanged, the first four by parameters of `start_run`:
+    Four parameters of `start_run` exchange its parts:
 
     - `model` is a network, or a function that returns one. The network turns normalized
       images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
@@ -682,7 +737,8 @@ class Run:
       hooks of its layers and weights and second derivatives do not work, and each step
       overwrites the gradients of the one before. To keep a gradient, clone it. False turns
       the graph off.
-    - `optimizer` can be set on the run, before the sweep.
+
+    A fifth part is set on the run itself, before the sweep: `run.optimizer = ...`.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
@@ -706,7 +762,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_unused: bool = False  # whether this step may still use it
+    graph_is_free: bool = False  # inside a step, until a forward pass has taken the graph
 
     @property
     def dtype(self):
@@ -730,7 +786,7 @@ class Run:
         network = self.model
         if self.graph_fits(images):
             network = self.graph
-            self.graph_is_unused = False
+            self.graph_is_free = False
         with self.autocast():
             logits = network(images)
         self.check_logits(logits)
@@ -740,12 +796,20 @@ class Run:
         """Tell whether the CUDA graph can take these images.
 
         It serves one forward pass of a step: a second one would overwrite what the backward
-        pass of the first one needs. It was captured in training mode, and it computes no
-        gradients of the images.
+        pass of the first one needs.
         """
-        if self.graph is None or not self.graph_is_unused or images.requires_grad:
+        if self.graph is None or not self.graph_is_free:
             return False
-        return self.model.training and images.shape == self.graph.input_shape
+        if not self.model.training or images.requires_grad:  # it was captured for neither
+            return False
+        return images.shape == self.graph.input_shape
+
+    def compute_loss(self, images, labels):
+        """Return what `loss` returns for a step: the loss and the logits."""
+        self.graph_is_free = True
+        loss, logits = self.loss(self, images, labels)
+        self.graph_is_free = False  # a hook of the step may compute more logits
+        return loss, logits
 
     def check_logits(self, logits):
         """Raise ValueError if an image has fewer logits than there are classes."""
@@ -775,8 +839,8 @@ class Run:
             parameters += group["params"]
         return parameters
 
-    def other_parameters(self):
-        """Return the optimizer's parameters that are not the model's: those of a loss."""
+    def loss_parameters(self):
+        """Return the parameters of a loss: those of the optimizer that are not the model's."""
         of_model = set(self.model.parameters())
         return [values for values in self.optimizer_parameters() if values not in of_model]
 
@@ -790,7 +854,7 @@ class Run:
             "settings": self.settings(),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
-            "other_parameters": [values.detach() for values in self.other_parameters()],
+            "loss_parameters": [values.detach() for values in self.loss_parameters()],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -813,7 +877,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         with torch.no_grad():
-            for values, saved in zip(self.other_parameters(), state["other_parameters"]):
+            for values, saved in zip(self.loss_parameters(), state["loss_parameters"]):
                 values.copy_(saved)
         # An optimizer goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -832,8 +896,8 @@ def differing_settings(saved, current):
     """Return, as text, the settings in which a saved run differs from the current one."""
     differences = []
     for name in {**current, **saved}:
-        before = saved.get(name)  # None, if the code did not have this constant then
-        now = current.get(name)
+        before = saved.get(name)  # None, if the code then did not have this constant
+        now = current.get(name)  # None, if the code of today does not
         if before != now:
             differences.append(f"{name} {before}, not {now}")
     return "; ".join(differences)
@@ -854,6 +918,8 @@ def restore_random_state(device, state):
         torch.get_device_module(device).set_rng_state(state[device].cpu())
 
 
+# ---- Start of a run: device, precision, data and network -------------------------------
+
 def choose_device(device="auto"):
     """Return "cuda", "mps" or "cpu", or raise ValueError if PyTorch does not find it.
 
@@ -866,8 +932,10 @@ def choose_device(device="auto"):
     if torch.backends.mps.is_available():
         found.append("mps")
     found.append("cpu")
-    check_value("with what PyTorch finds here, device", str(device), ["auto", *found])
-    return found[0] if device == "auto" else str(device)
+    device = str(device)  # it may be a torch.device
+    if device not in ["auto", *found]:
+        raise ValueError(f"PyTorch finds only {', '.join(found)} here, and no device {device}")
+    return found[0] if device == "auto" else device
 
 
 def choose_precision(device, precision="auto"):
@@ -877,7 +945,8 @@ def choose_precision(device, precision="auto"):
     fp32 elsewhere. A device without such instructions emulates them, which is slow.
     """
     check_value("precision", precision, ["auto", *DTYPES])
-    if device == "mps" and precision == "fp16":  # Adam would not skip steps that overflow
+    # On Apple GPUs, Adam would also take steps whose gradients have overflowed.
+    if device == "mps" and precision == "fp16":
         raise ValueError("fp16 does not work on Apple GPUs. Use fp32")
     if precision != "auto":
         return precision
@@ -909,7 +978,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     Raise ValueError for what cannot be trained.
     """
     seed = int(seed)  # it may be one of NumPy's
-    training = Split(*training)
+    training = Split(*training)  # it may be a plain tuple
     test = Split(*test)
     check_split("training", training, num_classes)
     check_split("test", test, num_classes)
@@ -919,21 +988,22 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    # cuDNN's search for fast kernels takes time. In bf16, it pays for the CUDA graph alone.
+    # cuDNN can search for its fastest kernels, which takes time. In bf16, this pays for the
+    # CUDA graph alone, so `capture_graph` turns it on.
     torch.backends.cudnn.benchmark = precision != "bf16"
-    model = make_model(recipe, model, num_classes, seed)
-    model.to(device, torch.float32, memory_format=memory_format(device))
+    network = make_model(recipe, model, num_classes, seed)
+    network.to(device, torch.float32, memory_format=fast_layout(device))
 
     started = time.perf_counter()
     mean, std, training, test = prepare_data(recipe, training, test, device, dtype)
     if is_built_in and recipe.initialization == "identity":
-        whiten_patches(model, training.images[:1000])
+        whiten_patches(network, training.images[:1000])
     seconds = time.perf_counter() - started
     return Run(
         recipe=recipe, seed=seed, device=device, precision=precision,
         num_classes=num_classes, mean=mean, std=std, training=training, test=test,
-        model=model, averaged=copy.deepcopy(model),
-        optimizer=make_optimizer(recipe, model, dtype),
+        model=network, averaged=copy.deepcopy(network),
+        optimizer=make_optimizer(recipe, network, dtype),
         scaler=torch.amp.GradScaler(device, enabled=precision == "fp16"),
         loss=loss or cross_entropy, augment=augment, cuda_graph=cuda_graph,
         seconds=seconds)
@@ -941,8 +1011,9 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
 def prepare_data(recipe, training, test, device, dtype):
     """Return mean and deviation (3,) of the training images, and both Splits, prepared."""
-    darkest = training.images.amin((0, 2, 3))
-    if (training.images.amax((0, 2, 3)) == darkest).any():
+    lowest = training.images.amin((0, 2, 3))
+    highest = training.images.amax((0, 2, 3))
+    if (lowest == highest).any():  # normalization would divide by a deviation of 0
         raise ValueError("training split: a channel of the images is constant")
     std, mean = torch.std_mean(training.images.float().div_(255), dim=(0, 2, 3),
                                correction=0)
@@ -976,12 +1047,56 @@ def make_model(recipe, model, num_classes, seed):
     """Return `model`, or what it makes if it is a function, or the built-in network."""
     if isinstance(model, nn.Module):
         return model
-    # The random state of the caller stays as it is, that of the GPU, too. The weights are
-    # drawn on the CPU, so that they are the same on every device.
+    # `fork_rng` gives the caller's random state back. It is that of the CPU alone, because
+    # the weights are drawn there, so that they are the same on every device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return ResNet(recipe, num_classes) if model is None else model()
 
+
+# ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs ---------------------
+
+def capture_graph(run):
+    """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
+
+    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
+    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
+    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
+    that were frozen when it was captured.
+    """
+    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
+        return None
+    if type(run.model) is not ResNet:
+        return None
+    if not all(parameter.requires_grad for parameter in run.model.parameters()):
+        return None
+    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
+    # other, so Python would free them only later.
+    gc.collect()
+    images, _ = next(augmented_batches(run, 0))
+    before = copy.deepcopy(run.model.state_dict())
+    # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    searched_before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        # The capture replaces `forward` of the module that it is given. That is this
+        # nn.Sequential, so the model stays as it is.
+        with run.autocast():
+            graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
+                           "try start_run(..., cuda_graph=False)") from error
+    finally:
+        torch.backends.cudnn.benchmark = searched_before
+        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
+    graph.input_shape = images.shape
+    return graph
+
+
+# ---- One step, and the moving average of the weights -----------------------------------
 
 def begin_training(run):
     """Prepare the model for steps. Raise ValueError if the run is not ready for them."""
@@ -1008,7 +1123,7 @@ def check_parameters(run):
         trained_count = sum(parameter.numel() for parameter in trainable)
         count = sum(parameter.numel() for parameter in parameters)
         warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
-                      "the others are frozen", stacklevel=4)  # the line that asks for steps
+                      "the others are frozen", stacklevel=4)  # for the caller of the training
     if not set(run.optimizer_parameters()).issuperset(trainable):
         raise ValueError("the optimizer does not hold all parameters of the model")
 
@@ -1024,64 +1139,11 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
 
-def capture_graph(run):
-    """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
-
-    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
-    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
-    that were frozen when it was captured.
-    """
-    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
-        return None
-    if type(run.model) is not ResNet:
-        return None
-    if not all(parameter.requires_grad for parameter in run.model.parameters()):
-        return None
-    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
-    # other, so Python would free them only later.
-    gc.collect()
-    images, _ = next(augmented_batches(run, 0))
-    before = copy.deepcopy(run.model.state_dict())
-    # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    searched_before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        # nn.Sequential, because the capture replaces the `forward` of the module it is given.
-        with run.autocast():
-            graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
-                           "try start_run(..., cuda_graph=False)") from error
-    finally:
-        torch.backends.cudnn.benchmark = searched_before
-        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
-    graph.input_shape = images.shape
-    return graph
-
-
 def cross_entropy(run, images, labels):
     """Return the cross-entropy with the recipe's label smoothing, and the logits."""
     logits = run.forward(images)
     smoothing = run.recipe.label_smoothing
     return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
-
-
-def set_lr_and_beta1(optimizer, lr, beta1):
-    """Set the learning rate and Adam's first beta, or the momentum, of all groups.
-
-    A group's learning rate is `lr` times its "lr_factor", if it has one. The momentum of
-    Muon is fixed.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1)
-        if "betas" in group:
-            group["betas"] = (beta1, *group["betas"][1:])
-        elif group.get("momentum"):
-            group["momentum"] = beta1
 
 
 def train_step(run, images, labels, lr, beta1):
@@ -1092,9 +1154,7 @@ def train_step(run, images, labels, lr, beta1):
     are not part of a step, see `update_average`.
     """
     set_lr_and_beta1(run.optimizer, lr, beta1)
-    run.graph_is_unused = True
-    loss, logits = run.loss(run, images, labels)
-    run.graph_is_unused = False  # a hook may compute more logits
+    loss, logits = run.compute_loss(images, labels)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)  # for hooks of the step, such as gradient clipping
@@ -1112,6 +1172,8 @@ def update_average(run, step):
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
     share = 1 / min(step, ema_steps)  # of the newest weights
+    # PyTorch's AveragedModel averages all buffers or none. Here, BatchNorm's statistics are
+    # averaged, but masks and counts are copied, see `copy_other_buffers`.
     update = get_ema_multi_avg_fn(1 - share)
     update(averaged_tensors(run.averaged), averaged_tensors(run.model), None)
 
@@ -1141,19 +1203,19 @@ def copy_other_buffers(run):
 # ---- One-cycle ------------------------------------------------------------------------
 
 class Rates(NamedTuple):
-    """The learning rates of a run: the ends and the peak of its cycle."""
+    """The lowest and the highest learning rate of a run."""
     lr_min: float
     lr_max: float
     sweep: dict | None = None  # the record of the sweep that found them, see `find_rates`
-    note: str | None = None  # why they are uncertain
+    note: str | None = None  # why they are uncertain, if they are
 
 
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     """Return a value that changes linearly from `start` to `peak` and then to `end`.
 
-    Steps count from 0. As in PyTorch's OneCycleLR, the last step of the rise has the
-    value `peak`, and the last step of the run has `end` (L. Smith, arXiv:1803.09820,
-    section 4).
+    Steps count from 0. As in PyTorch's OneCycleLR, the peak is at step
+    `peak_fraction` x `total_steps` - 1, which may lie between two steps, and the last step
+    has `end` (L. Smith, arXiv:1803.09820, section 4).
     """
     last_step = total_steps - 1
     peak_step = peak_fraction * total_steps - 1  # below 0 in a very short run without a rise
@@ -1164,35 +1226,14 @@ def one_cycle(step, total_steps, start, peak, end, peak_fraction):
 
 def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
     """Return the learning rate and Adam's first beta at a step of the run (from 0)."""
-    total = recipe.epochs * steps_per_epoch
-    peak = recipe.peak_fraction
-    lr_end = rates.lr_min / recipe.annihilation
-    lr = one_cycle(step, total, rates.lr_min, rates.lr_max, lr_end, peak)
-    beta1 = one_cycle(step, total, recipe.beta1, recipe.beta1_peak, recipe.beta1, peak)
+    total_steps = recipe.epochs * steps_per_epoch
+    lr = one_cycle(
+        step, total_steps, start=rates.lr_min, peak=rates.lr_max,
+        end=rates.lr_min / recipe.annihilation, peak_fraction=recipe.peak_fraction)
+    beta1 = one_cycle(
+        step, total_steps, start=recipe.beta1, peak=recipe.beta1_peak,
+        end=recipe.beta1, peak_fraction=recipe.peak_fraction)
     return lr, beta1
-
-
-def weight_decay(recipe, lr_max, steps_per_epoch):
-    """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
-
-    A step multiplies a weight by 1 - learning rate * decay. At LRMAX, this shrinks a weight
-    to 1/e in `decay_epochs` epochs (X. Wang and L. Aitchison, arXiv:2405.13698).
-    """
-    if recipe.l2:
-        return recipe.l2
-    if not recipe.decay_epochs:
-        return 0.0
-    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean and
-    # variance can adapt.
-    decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
-    return 1 / (decay_steps * lr_max)
-
-
-def set_weight_decay(optimizer, decay):
-    """Set the weight decay of the groups that take it from the recipe."""
-    for group in optimizer.param_groups:
-        if group.get("decays"):
-            group["weight_decay"] = decay
 
 
 # ---- Learning-rate range sweep --------------------------------------------------------
@@ -1201,8 +1242,8 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-RISE = 0.03  # of the lowest loss, see `sweep_edges`
-FALL_PART = 0.1  # of the loss's fall, see `sweep_edges`
+RISE = 0.03  # of the lowest loss: more is a rise
+FALL_PART = 0.1  # of the loss's fall: more is a rise, or not yet the end of the fall
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1218,9 +1259,9 @@ def find_rates(run, on_step=None):
     UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
-    # About 200 steps, but at least one epoch and at most two, and never fewer than 120. These
-    # are 20 for each factor of 10. Fewer would be too coarse, because the loss rises only
-    # some steps after the rate became too high.
+    # About 200 steps, but at least one epoch and at most two, and never fewer than 120. 120
+    # steps are 20 for each factor of 10. Fewer would be too coarse, because the loss rises
+    # only some steps after the rate became too high.
     steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade = round(steps_per_decade / 2)
@@ -1234,11 +1275,11 @@ def find_rates(run, on_step=None):
         run.graph = None  # Python's next garbage collection frees its memory
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0
+    adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0  # no limit
     lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
     note = why_uncertain(smoothed)
     if note:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, UncertainRates, stacklevel=2)
     sweep = {"lr": lrs, "loss": losses, "smoothed_loss": smoothed}
     return Rates(lr_min, lr_max, sweep, note)
 
@@ -1283,10 +1324,10 @@ def sweep_is_over(means, steps_beyond, half_decade):
     """
     if not means:
         return False
-    factor = 1.5  # above it, training has clearly diverged
-    if steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0:
-        factor = 1 + RISE  # at the planned end, and after each further factor of 10
-    return means[-1] > factor * min(means)
+    has_diverged = means[-1] > 1.5 * min(means)
+    # At the planned end, and after each further factor of 10, a small rise is enough.
+    may_end = steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0
+    return has_diverged or (may_end and means[-1] > (1 + RISE) * min(means))
 
 
 def sweep_batches(run):
@@ -1318,12 +1359,12 @@ def sweep_edges(smoothed):
                         "and recipe.\nIn a script, that is train.Rates(0.05 / 300, 0.05).")
     minimum = smoothed[lowest]
     part_of_fall = FALL_PART * (smoothed[0] - minimum)
-    rise = min(RISE * minimum, part_of_fall)
     first = lowest
-    while smoothed[first - 1] <= minimum + part_of_fall:
+    while smoothed[first - 1] <= minimum + part_of_fall:  # ends, as smoothed[0] is higher
         first -= 1
+    highest_low_loss = minimum + min(RISE * minimum, part_of_fall)
     last = lowest
-    while last + 1 < len(smoothed) and smoothed[last + 1] <= minimum + rise:
+    while last + 1 < len(smoothed) and smoothed[last + 1] <= highest_low_loss:
         last += 1
     return first, last
 
@@ -1404,6 +1445,17 @@ def evaluate_run(run, tta=False):
             "test_seconds": time.perf_counter() - started}
 
 
+def check_rates(rates):
+    """Return Rates of Python's numbers. Raise ValueError if they cannot be trained with."""
+    lr_min, lr_max = rates[:2]
+    # torch.load would refuse NumPy's numbers in a saved state.
+    rates = Rates(float(lr_min), float(lr_max))
+    if not 0 < rates.lr_min <= rates.lr_max:
+        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
+                         f"which is {rates.lr_max:.3g}")
+    return rates
+
+
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
@@ -1411,25 +1463,20 @@ def train_epochs(run, rates, on_step=None):
     `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
     a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
     """
-    lr_min, lr_max = rates[:2]
-    # torch.load would refuse NumPy's numbers in a saved state.
-    rates = Rates(float(lr_min), float(lr_max))
-    if not 0 < rates.lr_min <= rates.lr_max:
-        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
-                         f"which is {rates.lr_max:.3g}")
+    rates = check_rates(rates)
     if run.epoch >= run.recipe.epochs:
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
                       stacklevel=2)
-    started = time.perf_counter()
+    started = time.perf_counter()  # what `begin_training` does counts for the first epoch
     begin_training(run)
-    decay = weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
+    decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
     set_weight_decay(run.optimizer, decay)
     try:
         while run.epoch < run.recipe.epochs:
             run.mid_epoch = True
             row = train_epoch(run, rates, on_step)
             copy_other_buffers(run)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started  # the evaluation does not count
             row.update(evaluate_run(run))
             if not math.isfinite(row["train_loss"] + row["test_loss"]):
                 raise Diverged(f"the loss became NaN or infinite in epoch {run.epoch + 1}.\n"
@@ -1454,24 +1501,28 @@ def train_epoch(run, rates, on_step=None):
     """
     run.model.train()  # the caller may have evaluated it
     steps = run.steps_per_epoch
+    steps_before = run.epoch * steps
     losses = []
     sizes = []
     correct = 0
-    for images, labels in augmented_batches(run, run.epoch + 1):
-        step = run.epoch * steps + len(losses)
-        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step, steps)
+    for number, (images, labels) in enumerate(augmented_batches(run, run.epoch + 1), start=1):
+        step = steps_before + number  # of the run, from 1
+        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step - 1, steps)
         loss, correct_in_batch = train_step(run, images, labels, lr, beta1)
-        update_average(run, step + 1)
+        update_average(run, step)
         losses.append(loss)
         sizes.append(len(labels))
         correct += correct_in_batch
         if on_step:
-            on_step(len(losses), steps, lr, loss)
-    losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
-    sizes = losses.new_tensor(sizes)
+            on_step(number, steps, lr, loss)
+    loss_of_batch = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
+    weight_of_batch = loss_of_batch.new_tensor(sizes)
     image_count = len(run.training.labels)
-    return {"lr": lr, "train_loss": (losses @ sizes / image_count).item(),
-            "train_accuracy": correct.item() / image_count}
+    return {
+        "lr": lr,
+        "train_loss": (loss_of_batch @ weight_of_batch / image_count).item(),
+        "train_accuracy": correct.item() / image_count,
+    }
 
 
 # ==== THE PROGRAM ======================================================================
@@ -1512,7 +1563,7 @@ def make_parser():
     path = os.path.expanduser  # ~ stands for the home folder
     add("--data-dir", type=path, default="data", metavar="DIR",
         help="folder of CIFAR-10 (default: data)")
-    add("--device", choices=DEVICES, default="auto",
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
         help="auto: the fastest")
     add("--precision", choices=["auto", *DTYPES], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
@@ -1578,8 +1629,8 @@ def check_options(options):
     bounds = {
         "seed": (0, 2**32 - 1),
         "runs": (1, 1000),
-        "subset": (5, TRAIN_IMAGES),
-        "holdout": (0, options.subset - 2),
+        "subset": (5, TRAIN_IMAGES),  # so that a fifth is one test image or more
+        "holdout": (0, options.subset - 2),  # BatchNorm needs two images to train on
         "lr_max": (1e-30, 1e30),
         "lr_min": (1e-30, options.lr_max or 1e30),
     }
@@ -1653,27 +1704,37 @@ def options_of_seed(options, seed):
 
 # ---- Files: report (JSON), checkpoint, weights ----------------------------------------
 
-def write_file(path, save=None):
-    """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails.
+@contextlib.contextmanager
+def temporary_file(path):
+    """Yield the name of a temporary file in the folder of `path`, and the real path of `path`.
 
-    Without `save`, only test whether a file can be written there. An existing file stays.
+    An OSError becomes a UserError.
     """
-    content = io.BytesIO()  # torch.save would raise another error than OSError for a full disk
-    if save is not None:
-        save(content)
     target = Path(path).resolve()  # symbolic links are kept
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as scratch:
-            temporary = Path(scratch) / target.name
-            temporary.write_bytes(content.getbuffer())
-            if save is not None:
-                temporary.replace(target)
+            yield Path(scratch) / target.name, target
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}).\n"
                         "Free some space, or choose another file.") from None
+
+
+def check_writable(path):
+    """Raise UserError if no file can be written at `path`. An existing file stays."""
+    with temporary_file(path) as (temporary, _):
+        temporary.write_bytes(b"")
+
+
+def write_file(path, save):
+    """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails."""
+    content = io.BytesIO()  # on a full disk, torch.save would raise another error than OSError
+    save(content)
+    with temporary_file(path) as (temporary, target):
+        temporary.write_bytes(content.getbuffer())
+        temporary.replace(target)
 
 
 def save_weights(path, run, classes):
@@ -1710,7 +1771,7 @@ def load_weights(path, device="cpu"):
     model = ResNet(num_classes=len(saved["classes"]))
     model.logit_scale = saved["recipe"]["logit_scale"]
     model.load_state_dict(saved["weights"])
-    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+    model.to(device, memory_format=fast_layout(device)).eval().requires_grad_(False)
     return model, saved["mean"], saved["std"], saved["classes"]
 
 
@@ -1799,7 +1860,7 @@ def describe_rates(run, rates, options):
     return {
         "lr_max": rates.lr_max,
         "lr_max_from": "sweep" if rates.sweep else "given",
-        "weight_decay": weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch),
+        "weight_decay": choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch),
         "lr_min": rates.lr_min,
         "lr_min_from": "given" if options.lr_min else "lr_max",
         "note": rates.note,
@@ -1829,11 +1890,6 @@ class Recorder:
         self.report = new_report(run, options)
         self.summary = self.report["summary"]
 
-    def settings(self):
-        """Return what a checkpoint and the run that continues it must have in common."""
-        given = {name: getattr(self.options, name) for name in ("holdout", "lr_max", "lr_min")}
-        return {**self.run.settings(), **given}
-
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
@@ -1841,7 +1897,9 @@ class Recorder:
         content = io.BytesIO(Path(path).read_bytes())
         try:
             saved = torch.load(content, map_location=self.run.device, weights_only=True)
-            differences = differing_settings(saved["settings"], self.settings())
+            differences = differing_settings(
+                all_settings(saved["run"]["settings"], saved["report"]),
+                all_settings(self.run.settings(), self.report))
             if not differences:
                 self.run.load_state(saved["run"])
         except Exception as error:  # a damaged file raises errors of many types
@@ -1853,7 +1911,8 @@ class Recorder:
         if differences:
             raise UserError(f"{path} is of another run: {differences}.\nGive the options of "
                             "that run. On another machine, also give --device and "
-                            "--precision.\nOr choose another --checkpoint.")
+                            "--precision.\nIf you changed the code since, undo that, or "
+                            "choose another --checkpoint.")
         self.continue_report(saved["report"])
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
@@ -1865,35 +1924,38 @@ class Recorder:
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
         self.summary.update(saved["summary"])
-        # The seconds of earlier processes count, too. So the start moves back by them.
+        # The seconds of earlier processes count, too, as if this one had begun earlier.
         self.started -= self.summary["total_seconds"]
 
-    def update_summary(self, status):
-        """Bring the report's summary up to date. That of a complete run stays as it is."""
-        if self.summary.get("status") != "complete":
-            self.summary.update(summarize_epochs(self.report["epochs"]))
-            self.summary["status"] = status
-            self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
-            self.summary["total_seconds"] = time.perf_counter() - self.started
+    def set_status(self, status):
+        """Set the status, and bring the summary up to date. A complete run keeps its own."""
+        if self.summary.get("status") == "complete":
+            return
+        self.summary.update(summarize_epochs(self.report["epochs"]))
+        self.summary["status"] = status
+        self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
+        self.summary["total_seconds"] = time.perf_counter() - self.started
 
-    def save_report(self, status):
-        """Write the report of a run with this status."""
-        self.update_summary(status)
+    def save_report(self):
         text = json.dumps(self.report, indent=1, allow_nan=False) + "\n"
         write_file(self.options.output, lambda file: file.write(text.encode()))
 
     def save_checkpoint(self):
         if self.options.checkpoint is not None:
-            content = {
-                "settings": self.settings(),
-                "run": self.run.state(),
-                "report": self.report,
-            }
+            content = {"run": self.run.state(), "report": self.report}
             write_file(self.options.checkpoint, lambda file: torch.save(content, file))
 
     def save_progress(self):
         """Save report and checkpoint of a run that goes on."""
-        save_all_or_warn(lambda: self.save_report("running"), self.save_checkpoint)
+        self.set_status("running")
+        save_all_or_warn(self.save_report, self.save_checkpoint)
+
+
+def all_settings(settings_of_run, report):
+    """Return what a checkpoint and the run that continues it must have in common."""
+    options = report["config"]["options"]
+    given = {name: options[name] for name in ("holdout", "lr_max", "lr_min")}
+    return {**settings_of_run, **given}
 
 
 def save_all(*saves):
@@ -1954,6 +2016,7 @@ def print_heading(report):
     """Print what is run, and on what."""
     options = report["config"]["options"]
     data = report["data"]
+    # Reports of older code have no "continued_in".
     environments = [report["environment"], *report.get("continued_in", [])]
     environment = environments[-1]  # of the last process that trained
     constants = report["config"]["recipe"]
@@ -2224,8 +2287,7 @@ def choose_rates(run, options):
     else:
         print("sweep    finds the learning rates")
         with warnings.catch_warnings():
-            # `print_rates` shows the note of the sweep.
-            warnings.filterwarnings("ignore", "the loss of the sweep")
+            warnings.simplefilter("ignore", UncertainRates)  # `print_rates` shows the note
             rates = find_rates(run, show_progress(run, sweeping=True))
     if options.lr_min:
         rates = rates._replace(lr_min=options.lr_min)
@@ -2249,8 +2311,9 @@ def train_once(recipe, options, data):
         recorder.resume()
     for path in (options.checkpoint, options.weights):
         if path is not None:
-            write_file(path)  # only a test: training takes long, and the name may be wrong
-    recorder.save_report("running")
+            check_writable(path)  # before the training, which takes long
+    recorder.set_status("running")
+    recorder.save_report()
     print_heading(recorder.report)
     try:
         train_and_record(recorder)
@@ -2259,23 +2322,6 @@ def train_once(recipe, options, data):
         raise
     finish_run(recorder, classes)
     return recorder.report
-
-
-def record_failure(recorder, error):
-    """Save and print what a run has reached when an error or a signal ends it."""
-    was_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-    if was_stopped:
-        status = "interrupted"
-    elif isinstance(error, Diverged):
-        status = "diverged"
-    else:
-        status = "failed"
-    show_status("")
-    save_all_or_warn(lambda: recorder.save_report(status))
-    if was_stopped:
-        print_interruption(recorder.options)
-    if recorder.options.figures:
-        try_to_draw(save_curves, recorder.report)
 
 
 def train_and_record(recorder):
@@ -2303,22 +2349,22 @@ def train_and_record(recorder):
         recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
 
 
-def finish_run(recorder, classes):
-    """Print the result, then write all files. Raise UserError if one cannot be written."""
-    options = recorder.options
-    recorder.update_summary("complete")
-    if recorder.report["epochs"]:
-        print_summary(recorder.report)
-    saves = [lambda: recorder.save_report("complete"), recorder.save_checkpoint]
-    if options.weights is not None:
-        saves.append(lambda: save_weights(options.weights, recorder.run, classes))
-    failures = save_all(*saves)
-    if failures:
-        raise UserError("\n".join(str(failure) for failure in failures))
-    if options.weights is not None:
-        print(f"weights  {options.weights}")
-    if options.figures:
-        try_to_draw(save_figures, recorder.report, recorder.run, classes)
+def record_failure(recorder, error):
+    """Save and print what a run has reached when an error or a signal ends it."""
+    was_stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+    if was_stopped:
+        status = "interrupted"
+    elif isinstance(error, Diverged):
+        status = "diverged"
+    else:
+        status = "failed"
+    show_status("")
+    recorder.set_status(status)
+    save_all_or_warn(recorder.save_report)
+    if was_stopped:
+        print_interruption(recorder.options)
+    if recorder.options.figures:
+        try_to_draw(save_curves, recorder.report)
 
 
 def print_interruption(options):
@@ -2330,6 +2376,24 @@ def print_interruption(options):
         print(f"         the same command continues from {options.checkpoint}")
     else:
         print("         the same command begins anew, because no checkpoint was saved yet")
+
+
+def finish_run(recorder, classes):
+    """Print the result, then write all files. Raise UserError if one cannot be written."""
+    options = recorder.options
+    recorder.set_status("complete")
+    if recorder.report["epochs"]:
+        print_summary(recorder.report)
+    saves = [recorder.save_report, recorder.save_checkpoint]
+    if options.weights is not None:
+        saves.append(lambda: save_weights(options.weights, recorder.run, classes))
+    failures = save_all(*saves)
+    if failures:
+        raise UserError("\n".join(str(failure) for failure in failures))
+    if options.weights is not None:
+        print(f"weights  {options.weights}")
+    if options.figures:
+        try_to_draw(save_figures, recorder.report, recorder.run, classes)
 
 
 def main(argv=()):

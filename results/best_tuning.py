@@ -1,4 +1,4 @@
-"""Tune recipes with Muon, most of them of 24 epochs, on a quarter of the network and the images.
+"""Tune recipes with Muon, of 24 and of 6 epochs, on a quarter of the network and the images.
 
     python results/best_tuning.py NAME ...     train these runs; without NAME, all of them
 
@@ -57,7 +57,7 @@ VALUES_OF_SEEDS = {
     22: (0.07, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
     23: (0.07, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
 }
-RUNS = {f"seed{seed}": dict(zip(VALUE_NAMES, values))
+RUNS = {f"seed{seed}": dict(zip(VALUE_NAMES, values, strict=True))
         for seed, values in VALUES_OF_SEEDS.items()}
 STUDY = studies.Study("best-tuning", RUNS, seeds=list(VALUES_OF_SEEDS))
 EMA_EPOCHS = (0.25, 0.5)  # older records also have 1.0
@@ -77,12 +77,6 @@ class HalfResNet(train.ResNet):
         self.layer3 = nn.Sequential(train.ConvBlock(128, 256, pool=True), train.ResBlock(256))
         self.head = nn.Linear(256, 10)
         train.pass_input_on(self)
-
-
-def with_average(run, ema_epochs):
-    """Return a run that shares its model with `run`, but has another moving average."""
-    recipe = dataclasses.replace(run.recipe, ema_epochs=ema_epochs)
-    return dataclasses.replace(run, recipe=recipe, averaged=copy.deepcopy(run.averaged))
 
 
 def mixed_cross_entropy(share, generator):
@@ -111,8 +105,8 @@ def mixed_cross_entropy(share, generator):
     return loss
 
 
-def train_run(values, training, held_out, seed):
-    """Train with the values of a run. Return its record."""
+def start(values, training, held_out, seed):
+    """Return a Run with the values of a run of the study."""
     recipe = train.Recipe(
         epochs=values["epochs"], batch_size=values["batch_size"], optimizer="muon",
         muon_lr_factor=values["muon_lr"] / LR_MAX, cutout=values["cutout"],
@@ -126,37 +120,49 @@ def train_run(values, training, held_out, seed):
     if values["first_by"] == "adam":
         studies.give_first_convolution_to_adam(run)
     train.whiten_patches(run.model, run.training.images[:1000])
-    averages = [with_average(run, ema_epochs) for ema_epochs in EMA_EPOCHS]
-    steps_taken = 0
+    return run
+
+
+def with_average(run, ema_epochs, test):
+    """Return a run with the model of `run`, but its own moving average and test images."""
+    recipe = dataclasses.replace(run.recipe, ema_epochs=ema_epochs)
+    return dataclasses.replace(
+        run, recipe=recipe, test=test, averaged=copy.deepcopy(run.averaged))
+
+
+def evaluate_average(run):
+    """Return the accuracies and the loss of a run's moving average."""
+    plain = train.evaluate_run(run)
+    with_tta = train.evaluate_run(run, tta=True)
+    return {
+        "ema_epochs": run.recipe.ema_epochs,
+        "accuracy": plain["test_accuracy"],
+        "loss": plain["test_loss"],
+        "tta_accuracy": with_tta["test_accuracy"],
+    }
+
+
+def train_run(values, training, held_out, seed):
+    """Train with the values of a run. Return its record."""
+    run = start(values, training, held_out, seed)
+    environment = train.describe_environment(run)  # before the training: the code may change
+    test = train.prepare_images(held_out, run.mean, run.std, run.device, run.dtype)
+    averages = [with_average(run, ema_epochs, test) for ema_epochs in EMA_EPOCHS]
 
     def update_averages(step, steps, lr, loss):
-        nonlocal steps_taken
-        steps_taken += 1
         for average in averages:
-            train.update_average(average, steps_taken)
+            train.update_average(average, run.epoch * steps + step)
 
     rates = train.Rates(LR_MAX / train.LR_RATIO, LR_MAX)
     rows = list(train.train_epochs(run, rates, update_averages))
-    test = train.prepare_images(held_out, run.mean, run.std, run.device, run.dtype)
-    results = []
-    for average in averages:
-        average.test = test
-        plain = train.evaluate_run(average)
-        with_tta = train.evaluate_run(average, tta=True)
-        results.append({
-            "ema_epochs": average.recipe.ema_epochs,
-            "accuracy": plain["test_accuracy"],
-            "loss": plain["test_loss"],
-            "tta_accuracy": with_tta["test_accuracy"],
-        })
     return {
         "values": values,
         "seed": seed,
-        "averages": results,
+        "averages": [evaluate_average(average) for average in averages],
         "train_accuracies": [row["train_accuracy"] for row in rows],
         "accuracies_of_1000": [row["test_accuracy"] for row in rows],
         "train_seconds": run.seconds,
-        "environment": train.describe_environment(run),
+        "environment": environment,
     }
 
 
@@ -173,8 +179,8 @@ def table_of_runs():
             f"{values['epochs']}", f"{values['muon_lr']:g}", f"{values['batch_size']}",
             f"{values['cutout']}", f"{values['label_smoothing']:g}", f"{values['padding']}",
             f"{100 * values['mixed']:g}%", values["precision"], values["first_by"].title(),
-            f"{100 * record['train_accuracies'][-1]:.1f}", f"{100 * shown['accuracy']:.2f}",
-            f"{100 * shown['tta_accuracy']:.2f}"])
+            f"{100 * record['train_accuracies'][-1]:.1f}",
+            studies.percent(shown["accuracy"]), studies.percent(shown["tta_accuracy"])])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Judge rules that read a learning rate off a sweep, by the accuracy that they lead to.
+"""Judge rules that find a learning rate in a sweep, by the accuracy that they lead to.
 
     python results/finder.py NAME ...   measure these cases; without NAME, all of them
 
@@ -26,8 +26,9 @@ import torchvision
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import rules  # noqa: E402
+import studies  # noqa: E402
 import train  # noqa: E402
 
 RATIOS = (1 / 16, 1 / 4, 1 / 2, 1, 2, 4)  # the rates of a case, as multiples of its `rate`
@@ -103,7 +104,7 @@ class Case:
     model: Callable | None = None  # None: the built-in network
     optimizer: Callable | None = None  # None: the recipe's
     num_classes: int = 10
-    relabel: Callable | None = None  # makes other classes of a Split
+    relabel: Callable | None = None  # gives a Split other classes
     seeds: tuple = (0, 1)  # of the training runs; one where they take long
 
 
@@ -150,17 +151,22 @@ CASES = {**FIRST_CASES, **LATER_CASES, **NEWEST_CASES}
 
 # ---- Measuring a case --------------------------------------------------------------------
 
+def recipe_of(case):
+    """Return the recipe of a case, with the case's epochs and batch size."""
+    return dataclasses.replace(case.recipe, epochs=case.epochs, batch_size=case.batch_size)
+
+
 def start(case, training, held_out, seed):
     """Return a Run of a case."""
-    recipe = dataclasses.replace(case.recipe, epochs=case.epochs, batch_size=case.batch_size)
-    run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
-                          model=case.model, num_classes=case.num_classes)
+    run = train.start_run(
+        recipe_of(case), training, held_out, seed, device="cpu", precision="fp32",
+        model=case.model, num_classes=case.num_classes)
     if case.optimizer:
         run.optimizer = case.optimizer(run.model.parameters())
     return run
 
 
-def sweep(run):
+def record_sweep(run):
     """Return the learning rates and losses of a sweep."""
     lrs = []
     losses = []
@@ -169,7 +175,7 @@ def sweep(run):
         lrs.append(lr)
         losses.append(loss.item())
 
-    # The rule of train.py may fail or doubt, but the sweep is there.
+    # train.py may find no rate, or warn. The sweep is recorded all the same.
     with contextlib.suppress(train.UserError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train.find_rates(run, record)
@@ -186,27 +192,9 @@ def final_accuracy(case, run, lr_max):
     return last["test_accuracy"]
 
 
-def split_training_images(data_dir, image_count, held_out_count):
-    """Return two Splits of CIFAR-10's training images: the first ones, and the last ones.
-
-    Raise ValueError if they would share images.
-    """
-    training, _, _ = train.load_cifar10(data_dir)
-    if image_count + held_out_count > len(training.labels):
-        raise ValueError(f"{image_count} training images and {held_out_count} held-out ones "
-                         f"are more than the {len(training.labels)} that there are")
-    held_out = train.take_images(training, slice(-held_out_count, None))
-    return train.take_images(training, slice(image_count)), held_out
-
-
 def record_path(name):
     """Return the file of a case's record."""
     return HERE / "finder" / f"{name}.json"
-
-
-def write_record(path, record):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load_record(name):
@@ -219,7 +207,7 @@ def measure(name, data_dir, with_training=True):
     Without `with_training`, the trainings of the old record stay.
     """
     case = CASES[name]
-    training, held_out = split_training_images(data_dir, case.images, HELD_OUT)
+    training, held_out = studies.split_training_images(data_dir, case.images, HELD_OUT)
     if case.relabel:
         training = case.relabel(training)
         held_out = case.relabel(held_out)
@@ -227,9 +215,10 @@ def measure(name, data_dir, with_training=True):
     record["sweeps"] = []
     for seed in SWEEP_SEEDS:
         run = start(case, training, held_out, seed)
-        record["sweeps"].append(sweep(run))
+        record["sweeps"].append(record_sweep(run))
     record["environment_of_sweeps"] = train.describe_environment(run)
     if with_training:
+        record["environment"] = record["environment_of_sweeps"]
         record["runs"] = []
         for ratio in RATIOS:
             for seed in case.seeds:
@@ -238,8 +227,7 @@ def measure(name, data_dir, with_training=True):
                 record["runs"].append(
                     {"seed": seed, "lr_max": case.rate * ratio, "accuracy": accuracy})
                 print(name, record["runs"][-1], flush=True)
-        record["environment"] = train.describe_environment(run)
-    write_record(record_path(name), record)
+    studies.write_record(record_path(name), record)
 
 
 # ---- Judging the rules -------------------------------------------------------------------
@@ -255,19 +243,12 @@ def mean_accuracies(record):
 
 def picked_rates(name, rule):
     """Return the LRMAX that a rule picks in each sweep of a case."""
-    steps = adam_steps(CASES[name])
+    case = CASES[name]
+    steps = 0
+    if case.optimizer in (None, AdamW):  # the others are not relatives of Adam
+        steps = rules.adam_steps(recipe_of(case), case.images)
     sweeps = load_record(name)["sweeps"]
-    return [rule(record["lr"], record["loss"], steps) for record in sweeps]
-
-
-def adam_steps(case):
-    """Return the number of steps that Adam trains for; 0 with another optimizer."""
-    if case.optimizer is None:
-        uses_adam = case.recipe.optimizer == "adam"
-    else:
-        uses_adam = train.is_adam(case.optimizer([nn.Parameter(torch.zeros(1))]))
-    steps = case.epochs * train.count_steps(case.images, case.batch_size)
-    return steps if uses_adam else 0
+    return [rule(sweep["lr"], sweep["loss"], steps) for sweep in sweeps]
 
 
 def regret(name, rule):
@@ -295,15 +276,6 @@ def regret_cell(name, rule):
     return f"{regret(name, rule):.1f}{star}"
 
 
-def span(numbers, form="{:.3g}"):
-    """Return the smallest and the largest number as text, or one if they look alike."""
-    lowest = form.format(min(numbers))
-    highest = form.format(max(numbers))
-    if lowest == highest:
-        return lowest
-    return f"{lowest} to {highest}"
-
-
 def table_of_cases():
     """Return the table of regrets: a list of rows, which are lists of texts."""
     rows = [["case", "best rate", "LRMAX", *rules.RULES]]
@@ -312,7 +284,7 @@ def table_of_cases():
         best = rates[int(np.argmax(accuracies))]
         picked = picked_rates(name, rules.ours)
         cells = [regret_cell(name, rule) for rule in rules.RULES.values()]
-        rows.append([name, f"{best:.3g}", span(picked, "{:.2g}"), *cells])
+        rows.append([name, f"{best:.3g}", studies.span(picked, "{:.2g}"), *cells])
     return rows
 
 
@@ -356,28 +328,11 @@ def draw(name):
     figure.savefig(record_path(name).with_suffix(".png"))
 
 
-def parse_names(parser, known):
-    """Parse the command line of a study. Return its options.
-
-    Their `names` are the names that were given, or all that are known. An unknown name ends
-    the process.
-    """
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--data-dir", default=HERE.parent / "data")
-    options = parser.parse_args()
-    for name in options.names:
-        if name not in known:
-            parser.error(f"{name} is not one of {', '.join(known)}")
-    if not options.names:
-        options.names = list(known)
-    return options
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
     parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
-    options = parse_names(parser, CASES)
+    options = studies.parse_names(parser, CASES)
     for name in options.names:
         if options.draw:
             draw(name)

@@ -68,12 +68,13 @@ def train_run(values, training, held_out, seed):
     train.MUON_MOMENTUM = values["momentum"]
     train.NEWTON_SCHULZ_STEPS = values["steps"]
     recipe = dataclasses.replace(
-        train.RECIPES["fast"], epochs=EPOCHS, optimizer="muon",
+        train.RECIPES["fast"], epochs=EPOCHS,
         muon_lr_factor=values["muon_lr"] / values["adam_lr"],
         peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)
     studies.give_first_convolution_to_adam(run)
+    environment = train.describe_environment(run)  # before the training: the code may change
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
     rows = list(train.train_epochs(run, rates))
     return {
@@ -83,7 +84,7 @@ def train_run(values, training, held_out, seed):
         "loss": rows[-1]["test_loss"],
         "tta_accuracy": train.evaluate_run(run, tta=True)["test_accuracy"],
         "train_seconds": run.seconds,
-        "environment": train.describe_environment(run),
+        "environment": environment,
     }
 
 
@@ -101,7 +102,7 @@ def levels_with_joint_effect():
 
 
 def table_of_effects():
-    """Return the table of the effects of all factors: a list of rows, which are lists of texts."""
+    """Return the table of the effects: a list of rows, which are lists of texts."""
     levels = levels_with_joint_effect()
     records = STUDY.load_records()
     accuracy_cells = studies.cells_of_effects(
@@ -121,14 +122,15 @@ def table_of_effects():
 def table_of_pairs():
     """Return the table of the means for each pair of Muon's rate and momentum."""
     rows = [["momentum", "highest rate", "accuracy", "flip TTA"]]
+    records = STUDY.load_records()
     for momentum, rate in itertools.product(FACTORS["momentum"], FACTORS["muon_lr"]):
-        records = [record for record in STUDY.load_records()
-                   if (record["values"]["momentum"], record["values"]["muon_lr"])
-                   == (momentum, rate)]
-        accuracy = np.mean([record["accuracies"][-1] for record in records])
-        tta_accuracy = np.mean([record["tta_accuracy"] for record in records])
-        rows.append([f"{momentum:g}", f"{rate:g}", f"{100 * accuracy:.2f}",
-                     f"{100 * tta_accuracy:.2f}"])
+        of_pair = [record for record in records
+                   if record["values"]["momentum"] == momentum
+                   and record["values"]["muon_lr"] == rate]
+        accuracy = np.mean([record["accuracies"][-1] for record in of_pair])
+        tta_accuracy = np.mean([record["tta_accuracy"] for record in of_pair])
+        rows.append([f"{momentum:g}", f"{rate:g}", studies.percent(accuracy),
+                     studies.percent(tta_accuracy)])
     return rows
 
 

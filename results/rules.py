@@ -1,4 +1,4 @@
-"""Rules that read a learning rate off a sweep, for the comparison in finder.py.
+"""Rules that find a learning rate in a sweep, for the comparison in finder.py.
 
 A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
 the number of steps that Adam will train for, which is 0 with another optimizer. It returns one
@@ -16,20 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 
-def found_by_script(lrs, losses, adam_steps):
-    """Return the LRMAX that train.py finds. Raise its UserError if it finds none."""
-    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
-    smoothed = train.smooth_losses(losses, steps_per_decade)
-    _, lr_max = train.read_sweep(lrs, smoothed, adam_steps)
-    return lr_max
+def adam_steps(recipe, image_count):
+    """Return the number of steps that a recipe trains with Adam; 0 if it has Muon."""
+    if recipe.optimizer != "adam":
+        return 0
+    return recipe.epochs * train.count_steps(image_count, recipe.batch_size)
 
 
 def ours(lrs, losses, adam_steps):
-    """Return what train.py finds; the start of the sweep if it finds nothing."""
+    """Return the LRMAX that train.py finds; the start of the sweep if it finds none."""
+    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
+    smoothed = train.smooth_losses(losses, steps_per_decade)
     try:
-        return found_by_script(lrs, losses, adam_steps)
+        _, lr_max = train.read_sweep(lrs, smoothed, adam_steps)
     except train.UserError:
         return lrs[0]
+    return lr_max
 
 
 def without_limit(lrs, losses, adam_steps):

@@ -1,7 +1,7 @@
-"""Studies: runs that try values of several constants, and what each constant does.
+"""What the studies in this folder share: data, records, numbers as text, tuning runs.
 
-Each run writes a record, results/FOLDER/NAME.json, and a run whose record is there is not
-repeated.
+A tuning study has runs that try values of several constants. Each of them writes a record,
+results/FOLDER/NAME.json, and a run whose record is there is not repeated.
 """
 
 import argparse
@@ -13,9 +13,71 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import finder  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+import train  # noqa: E402
 
+
+# ---- Command line, data, records -----------------------------------------------------------
+
+def parse_names(parser, known):
+    """Parse the command line of a study. Return its options.
+
+    Their `names` are the names that were given, or all that are known. An unknown name ends
+    the process.
+    """
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--data-dir", default=HERE.parent / "data")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in known:
+            parser.error(f"{name} is not one of {', '.join(known)}")
+    if not options.names:
+        options.names = list(known)
+    return options
+
+
+def split_training_images(data_dir, image_count, held_out_count):
+    """Return two Splits of CIFAR-10's training images: the first ones, and the last ones.
+
+    Raise ValueError if they would share images.
+    """
+    training, _, _ = train.load_cifar10(data_dir)
+    if image_count + held_out_count > len(training.labels):
+        raise ValueError(f"{image_count} training images and {held_out_count} held-out ones "
+                         f"are more than the {len(training.labels)} that there are")
+    held_out = train.take_images(training, slice(-held_out_count, None))
+    return train.take_images(training, slice(image_count)), held_out
+
+
+def write_record(path, record):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+# ---- Numbers as text -----------------------------------------------------------------------
+
+def percent(fraction):
+    """Return a fraction as text, in percent with two digits after the point."""
+    # Without 1e-9, 0.94595 could become 94.59: the float may be a little smaller.
+    return f"{100 * fraction + 1e-9:.2f}"
+
+
+def in_points(distance, error):
+    """Return a distance of two accuracies and its standard error as text, in points."""
+    points = round(100 * distance, 2) + 0.0  # -0.0 + 0.0 is 0.0
+    return f"{points:+.2f} ± {100 * error:.2f}"
+
+
+def span(numbers, form="{:.3g}"):
+    """Return the smallest and the largest number as text, or one if they look alike."""
+    lowest = form.format(min(numbers))
+    highest = form.format(max(numbers))
+    if lowest == highest:
+        return lowest
+    return f"{lowest} to {highest}"
+
+
+# ---- Tuning runs ---------------------------------------------------------------------------
 
 class Study:
     """The runs of a study: `runs` has the values of the constants for the name of each run."""
@@ -34,8 +96,8 @@ class Study:
         """Return the record of a run. Raise ValueError if the run had other values."""
         record = json.loads(self.record_path(name).read_text())
         if (record["values"], record["seed"]) != (self.runs[name], self.seeds[name]):
-            raise ValueError(f"{self.record_path(name)} has other values than the study; "
-                             "delete it")
+            raise ValueError(f"{self.record_path(name)} is of other values than the study has "
+                             "now. Delete it to train the run again")
         return record
 
     def load_records(self):
@@ -49,15 +111,15 @@ class Study:
         "values" and "seed". The Splits have the first and the last training images of
         CIFAR-10, so many of each.
         """
-        options = finder.parse_names(argparse.ArgumentParser(description=description), self.runs)
-        training, held_out = finder.split_training_images(
+        options = parse_names(argparse.ArgumentParser(description=description), self.runs)
+        missing = [name for name in options.names if not self.record_path(name).exists()]
+        for name in set(options.names).difference(missing):
+            self.load_record(name)  # it has to be of the same run
+        training, held_out = split_training_images(
             options.data_dir, image_count, held_out_count)
-        for name in options.names:
-            if self.record_path(name).exists():
-                self.load_record(name)  # it has to be of the same run
-                continue
+        for name in missing:
             record = train_run(self.runs[name], training, held_out, self.seeds[name])
-            finder.write_record(self.record_path(name), record)
+            write_record(self.record_path(name), record)
             print(name, "done", flush=True)
 
 
@@ -75,10 +137,10 @@ def give_first_convolution_to_adam(run):
 def fractional_factorial(factors, parities):
     """Return runs that tell the factors from each other; `factors` has two values for each.
 
-    The first factors take all combinations. Each of the others is a parity of these: it has
-    value 1 if an odd number of them have. `parities` holds, for each of the others, the
-    positions of the factors that count. A digit of a run's name says which value a factor
-    has, 0 or 1.
+    The first factors take all combinations. Each of the others has its second value where an
+    odd number of certain first factors have theirs. `parities` has the positions of these
+    first factors, for each of the others. A digit of a run's name says which value a factor
+    has: 0 is the first, 1 the second.
     """
     runs = {}
     for free_levels in itertools.product((0, 1), repeat=len(factors) - len(parities)):
@@ -99,20 +161,19 @@ def estimate_effects(levels, results):
     """Return the effect of each column of `levels` (runs, columns), and their standard error.
 
     An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
-    It is estimated by least squares. The error comes from what all effects together leave
-    unexplained. It is the same for all columns, because each has a 1 in half of the runs and
-    no two columns are correlated.
+    The error comes from what all effects together leave unexplained. It is the same for all
+    columns, because each has a 1 in half of the runs and no two columns are correlated.
     """
     results = np.asarray(results)
     runs, columns = levels.shape
-    design = np.column_stack([np.ones(runs), levels])
-    coefficients, *_ = np.linalg.lstsq(design, results, rcond=None)
-    residuals = results - design @ coefficients
+    signs = 2 * levels - 1
+    effects = signs.T @ results / (runs / 2)
+    residuals = results - results.mean() - signs @ effects / 2
     deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - columns))
-    return coefficients[1:], deviation * np.sqrt(4 / runs)
+    return effects, deviation * np.sqrt(4 / runs)
 
 
 def cells_of_effects(levels, accuracies):
     """Return the effects on the accuracies of the runs as texts, in points, with the error."""
     effects, error = estimate_effects(levels, accuracies)
-    return [f"{100 * effect:+.2f} ± {100 * error:.2f}" for effect in effects]
+    return [in_points(effect, error) for effect in effects]

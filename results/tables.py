@@ -21,6 +21,7 @@ import best_tuning  # noqa: E402
 import finder  # noqa: E402
 import muon_tuning  # noqa: E402
 import rules  # noqa: E402
+import studies  # noqa: E402
 import train  # noqa: E402
 
 FILES = [HERE.parent / "README.md", HERE / "README.md"]
@@ -29,7 +30,7 @@ FILES = [HERE.parent / "README.md", HERE / "README.md"]
 #
 #     "NAME": (heading, columns, rows)
 #
-# The tables of STUDIES, below, are not made from reports, but from records of their own.
+# The tables of STUDY_TABLES, below, are not made from reports, but from records of their own.
 #
 # `rows` is a list of (label, pattern). The label is the text at the left end of a row;
 # `heading` is the heading above the labels. A " | " in them begins another column. The
@@ -132,7 +133,7 @@ TABLES = {
     ]),
 }
 
-STUDIES = {  # the functions that make these tables, from the records in results/NAME/
+STUDY_TABLES = {  # the functions that make these tables, from the records in results/NAME/
     "finder-cases": finder.table_of_cases,
     "finder-means": finder.table_of_means,
     "best-runs": best_tuning.table_of_runs,
@@ -155,7 +156,7 @@ def load_row(pattern):
     for path in sorted(HERE.glob(f"{pattern}.json")):
         name = path.relative_to(HERE).as_posix()
         reports[name] = json.loads(path.read_text())
-        check_recipe(name, reports[name])
+        check_report(name, reports[name])
     if not reports:
         raise ValueError(f"no report matches {pattern}")
     check_alike(reports, configuration)
@@ -163,8 +164,10 @@ def load_row(pattern):
     return {name: reports[name] for name in names}
 
 
-def check_recipe(name, report):
-    """Raise ValueError if a report's recipe does not have the fields of train.Recipe."""
+def check_report(name, report):
+    """Raise ValueError if a report is of a run that did not end, or of another Recipe."""
+    if report["summary"]["status"] != "complete":
+        raise ValueError(f"{name} is of a run that did not end")
     fields = {field.name for field in dataclasses.fields(train.Recipe)}
     recorded = set(report["config"]["recipe"])
     if recorded != fields:
@@ -175,39 +178,34 @@ def check_recipe(name, report):
 
 
 def check_alike(row, trait):
-    """Raise ValueError unless the function `trait` returns the same for all reports."""
-    examples = {}  # the name of one report for each value that `trait` returns
-    for name, report in row.items():
-        value = json.dumps(trait(report), sort_keys=True)
-        examples[value] = name
-    if len(examples) > 1:
-        raise ValueError(f"unlike reports: {examples}")
+    """Raise ValueError unless `trait` returns the same dictionary for all reports."""
+    (first_name, first), *others = row.items()
+    for name, report in others:
+        differences = train.differing_settings(trait(first), trait(report))
+        if differences:
+            raise ValueError(f"unlike reports, {first_name} and {name}: {differences}")
 
 
 def machine(report):
     """Return the name of the device that a run was on."""
-    return report["environment"]["device_name"]
+    return {"device_name": report["environment"]["device_name"]}
 
 
 def conditions(report):
     """Return what rows must share if their accuracies are compared."""
-    data = report["data"]
-    environment = report["environment"]
-    if environment["device"] == "cpu":
-        device = "cpu"  # all kinds of CPU are equally accurate
-    else:
-        device = machine(report)
-    return [data["train_images"], data["evaluated_on"], device, environment["precision"]]
+    shared = {name: report["data"][name] for name in ("train_images", "evaluated_on")}
+    shared |= {name: report["environment"][name] for name in ("device", "precision")}
+    if shared["device"] != "cpu":  # all kinds of CPU are equally accurate
+        shared |= machine(report)
+    return shared
 
 
 def configuration(report):
     """Return what the runs of a row must share: all but the seeds and the rates found."""
     rates = report["rates"]
-    given = {}
-    for name in ("lr_max", "lr_min"):
-        if rates[f"{name}_from"] == "given":
-            given[name] = rates[name]
-    return [report["config"]["recipe"], given, conditions(report)]
+    given = {name: rates[name] for name in ("lr_max", "lr_min")
+             if rates[f"{name}_from"] == "given"}
+    return {**report["config"]["recipe"], **given, **conditions(report)}
 
 
 def values(row, key="final_test_accuracy"):
@@ -217,73 +215,55 @@ def values(row, key="final_test_accuracy"):
 
 # ---- Cells: the text that a row has in a column ------------------------------------------
 
-def percent(fraction):
-    """Return a fraction as text, in percent with two digits after the point."""
-    # Without 1e-9, 0.94595 could become 94.59: the float may be a little smaller.
-    return f"{100 * fraction + 1e-9:.2f}"
-
-
 def accuracy_cell(row):
     """Return the mean accuracy of the runs, their standard deviation and their number."""
     accuracies = values(row)
-    mean = percent(statistics.fmean(accuracies))
+    mean = studies.percent(statistics.fmean(accuracies))
     if len(accuracies) == 1:
         return f"{mean} (n=1)"
-    deviation = percent(statistics.stdev(accuracies))
+    deviation = studies.percent(statistics.stdev(accuracies))
     return f"{mean} ± {deviation} (n={len(accuracies)})"
 
 
 def tta_cell(row):
     """Return the mean accuracy with flip test-time augmentation."""
-    return percent(statistics.fmean(values(row, "tta_test_accuracy")))
+    return studies.percent(statistics.fmean(values(row, "tta_test_accuracy")))
 
 
 def seeds_cell(row):
     """Return the accuracy of each run, as a link to its report."""
     links = []
     for name, report in row.items():
-        accuracy = percent(report["summary"]["final_test_accuracy"])
+        accuracy = studies.percent(report["summary"]["final_test_accuracy"])
         links.append(f"[{accuracy}]({name})")
     return ", ".join(links)
 
 
 def lr_max_cell(row):
     """Return the lowest and the highest LRMAX that the runs used."""
-    return finder.span([report["rates"]["lr_max"] for report in row.values()])
+    return studies.span([report["rates"]["lr_max"] for report in row.values()])
 
 
 def epoch_cell(row, goal):
     """Return after which epochs the runs first had the accuracy `goal`, like "0.94"."""
-    epochs = []
-    for first_epochs in values(row, "epochs_to"):
-        if first_epochs[goal] is None:
-            epochs.append(math.inf)
-        else:
-            epochs.append(first_epochs[goal])
-    return finder.span(epochs).replace("inf", "never")
+    epochs = [first_epochs[goal] or math.inf for first_epochs in values(row, "epochs_to")]
+    return studies.span(epochs).replace("inf", "never")
 
 
 def time_cell(row, key, unit=1):
     """Return how long the runs took; `unit` is 1 for seconds and 60 for minutes."""
     check_alike(row, machine)  # times of different machines do not belong in one cell
-    return finder.span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
+    return studies.span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
 
 
-def adam_steps(report):
-    """Return the number of steps that Adam trains for; 0 with another optimizer."""
-    recipe = report["config"]["recipe"]
-    if recipe["optimizer"] != "adam":
-        return 0
-    image_count = report["data"]["train_images"]
-    return recipe["epochs"] * train.count_steps(image_count, recipe["batch_size"])
-
-
-def found_rates(row, rule=rules.found_by_script):
+def found_rates(row, rule=rules.ours):
     """Return the LRMAX that a rule finds in the sweep of each report: by default, ours."""
     found = []
     for report in row.values():
+        recipe = train.Recipe(**report["config"]["recipe"])
+        steps = rules.adam_steps(recipe, report["data"]["train_images"])
         sweep = report["lr_sweep"]
-        found.append(rule(sweep["lr"], sweep["loss"], adam_steps(report)))
+        found.append(rule(sweep["lr"], sweep["loss"], steps))
     return found
 
 
@@ -304,10 +284,9 @@ CELLS = {
     "sweep, s": lambda row: time_cell(row, "sweep_seconds"),
     "seconds": lambda row: time_cell(row, "total_seconds"),
     "minutes": lambda row: time_cell(row, "total_seconds", 60),
-    "LRMAX found": lambda row: finder.span(found_rates(row)),
+    "LRMAX found": lambda row: studies.span(found_rates(row)),
+    **{name: functools.partial(spread_cell, rule=rule) for name, rule in rules.RULES.items()},
 }
-for name, rule in rules.RULES.items():
-    CELLS[name] = functools.partial(spread_cell, rule=rule)
 
 
 def pooled_deviation(rows):
@@ -333,10 +312,7 @@ def distance_cell(row, other, rows):
     check_alike(reports, conditions)
     distance = statistics.fmean(values(row)) - statistics.fmean(values(other))
     error = pooled_deviation(rows) * math.sqrt(1 / len(row) + 1 / len(other))
-    points = round(100 * distance, 2)
-    if points == 0:
-        points = 0.0  # it may have been -0.0
-    return f"{points:+.2f} ± {100 * error:.2f}"
+    return studies.in_points(distance, error)
 
 
 def make_cell(column, rows, i):
@@ -346,13 +322,10 @@ def make_cell(column, rows, i):
         return "-"
     if column in CELLS:
         return CELLS[column](row)
+    other = {"gain": i - 1, "ahead": 0}[column]  # the row that this one is compared with
     if i == 0:
-        return "-"  # no row is above the first one
-    if column == "gain":
-        return distance_cell(row, rows[i - 1], rows)
-    if column == "ahead":
-        return distance_cell(row, rows[0], rows)
-    raise ValueError(f"no column has the name {column}")
+        return "-"  # it is the first row
+    return distance_cell(row, rows[other], rows)
 
 
 # ---- Tables ------------------------------------------------------------------------------
@@ -365,9 +338,9 @@ def make_table(heading, columns, declared_rows):
         groups = {"": columns}  # one group without a name
     headings = heading.split(" | ")
     lines = [declared[0].split(" | ") for declared in declared_rows]  # lists of cells
-    for position, group in enumerate(groups, start=1):  # at position 0 is the label
+    for position, (group, names) in enumerate(groups.items(), start=1):  # the label is at 0
         rows = [load_row(declared[position]) for declared in declared_rows]
-        for column in groups[group]:
+        for column in names:
             if group:
                 headings.append(f"{column}, {group}")
             else:
@@ -389,15 +362,15 @@ def fill_tables(path):
     def fill(match):
         """Return the two comments of a table, with the new table between them."""
         begin, name, end = match.groups()
-        if name in STUDIES:
-            table = join_table(STUDIES[name]())
+        if name in STUDY_TABLES:
+            table = join_table(STUDY_TABLES[name]())
         else:
             table = make_table(*TABLES[name])
         if path.parent != HERE:
             table = table.replace("](", "](results/")  # the links to reports
         return begin + table + end
-    pattern = r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, fill, path.read_text(), flags=re.DOTALL)
+    pattern = r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*(<!-- end -->)"
+    return re.sub(pattern, fill, path.read_text())
 
 
 if __name__ == "__main__":
