@@ -67,32 +67,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-if torch.__version__ < (2, 7):  # PyTorch's own type of string, which compares versions
+if torch.__version__ < (2, 7):  # its own type of string, which compares with a tuple
     raise ImportError(f"train.py needs PyTorch 2.7 or newer, this is {torch.__version__}")
 
 # ==== THE METHOD =======================================================================
-
-# ---- Errors and warnings ---------------------------------------------------------------
-
-class UserError(RuntimeError):
-    """A failure whose message says what happened and what to do next."""
-
-
-class Diverged(UserError):
-    """The loss became NaN or infinite."""
-
-
-def is_out_of_memory(error):
-    """Tell whether an error of PyTorch or Python says that there is no memory left."""
-    text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
-               "not enough memory", "alloc_failed")  # Windows, cuBLAS
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
-
-
-class UncertainRates(UserWarning):
-    """The sweep found learning rates, but they may be far from the best."""
-
 
 # ---- Recipe: each field becomes an option of the command line -------------------------
 
@@ -126,7 +104,9 @@ def check_value(name, value, allowed):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The constants of a run. `Recipe()` is the tuned recipe; RECIPES has the others.
+    """The constants (hyperparameters) of a run.
+
+    `Recipe()` is the tuned recipe. RECIPES has the others.
 
     `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises
     ValueError.
@@ -209,6 +189,28 @@ def choose_batch_size(recipe, image_count):
         return recipe
     batch_size = min(512, max(16, image_count // 32))
     return dataclasses.replace(recipe, batch_size=batch_size)
+
+
+# ---- Errors and warnings --------------------------------------------------------------
+
+class UserError(RuntimeError):
+    """A failure whose message says what happened and what to do next."""
+
+
+class Diverged(UserError):
+    """The loss became NaN or infinite."""
+
+
+def is_out_of_memory(error):
+    """Tell whether an error of PyTorch or Python says that there is no memory left."""
+    text = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory",  # GPUs, Linux
+               "not enough memory", "alloc_failed")  # Windows, cuBLAS
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
+
+
+class UncertainRates(UserWarning):
+    """The sweep found learning rates, but they may be far from the best."""
 
 
 # ---- Data: the whole data set on the device -------------------------------------------
@@ -918,7 +920,7 @@ def restore_random_state(device, state):
         torch.get_device_module(device).set_rng_state(state[device].cpu())
 
 
-# ---- Start of a run: device, precision, data and network -------------------------------
+# ---- Start of a run: device, precision, data and network ------------------------------
 
 def choose_device(device="auto"):
     """Return "cuda", "mps" or "cpu", or raise ValueError if PyTorch does not find it.
@@ -1054,7 +1056,7 @@ def make_model(recipe, model, num_classes, seed):
         return ResNet(recipe, num_classes) if model is None else model()
 
 
-# ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs ---------------------
+# ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs --------------------
 
 def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
@@ -1075,7 +1077,8 @@ def capture_graph(run):
     gc.collect()
     images, _ = next(augmented_batches(run, 0))
     before = copy.deepcopy(run.model.state_dict())
-    # The capture has a stream of its own. PyTorch warns of it, but here it costs nothing.
+    # The capture has a stream of its own. PyTorch warns of it, also in later steps, but here it
+    # costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     searched_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -1096,7 +1099,7 @@ def capture_graph(run):
     return graph
 
 
-# ---- One step, and the moving average of the weights -----------------------------------
+# ---- One step, and the moving average of the weights ----------------------------------
 
 def begin_training(run):
     """Prepare the model for steps. Raise ValueError if the run is not ready for them."""
@@ -1768,6 +1771,7 @@ def load_weights(path, device="cpu"):
     Its parameters are frozen. To train it further, call `model.requires_grad_(True)`.
     """
     saved = torch.load(path, map_location=device, weights_only=True)
+    # The saved recipe may have constants that the code of today does not know.
     model = ResNet(num_classes=len(saved["classes"]))
     model.logit_scale = saved["recipe"]["logit_scale"]
     model.load_state_dict(saved["weights"])
@@ -2139,7 +2143,7 @@ def plot_curves(figure, report):
                              ("test", data["evaluated_on"])):
             curve = [row[f"{split}_{kind}"] for row in rows]
             axes.plot(epochs, curve, marker=".", label=label)
-    if rows[-1]["test_accuracy"] > min(GOALS):
+    if rows[-1]["test_accuracy"] > min(GOALS):  # else the line would be far above the curves
         goal = max(GOALS)
         accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
