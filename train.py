@@ -106,10 +106,8 @@ def check_value(name, value, allowed):
 class Recipe:
     """The constants (hyperparameters) of a run.
 
-    `Recipe()` is the tuned recipe. RECIPES has the others.
-
-    `Recipe(label_smoothing=0.1)` changes one. A value that is not allowed raises
-    ValueError.
+    `Recipe()` is the tuned recipe; RECIPES has the others. `Recipe(label_smoothing=0.1)`
+    changes one constant. A value that is not allowed raises ValueError.
     """
     epochs: int = recipe_field(24, (0, MAX_EPOCHS), "passes over the training images")
     batch_size: int = recipe_field(
