@@ -853,7 +853,7 @@ def test_a_sweep_goes_on_above_1_until_the_loss_rises(monkeypatch):
 
 
 def test_a_sweep_whose_loss_never_rises_ends_at_1000_and_says_so(monkeypatch):
-    with pytest.warns(match="did not rise"):
+    with pytest.warns(train.UncertainRates, match="did not rise"):
         seen = sweep_of(monkeypatch, 150, lambda step, lr: 2 / (1 + step / 100))
     assert 1000 <= seen.lrs[-1] < 1100
     assert "did not rise" in seen.rates.note
@@ -975,6 +975,18 @@ def test_parameters_of_a_loss_are_part_of_a_state_and_restored_after_a_sweep(opt
         list(train.train_epochs(run, STEP_RATES))
         ends.append(scale.item())
     assert ends[0] == ends[1] != 1
+
+
+def test_a_state_with_a_parameter_of_a_loss_is_refused_by_a_run_without_it():
+    run = small_run(model=SmallResNet)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    other = small_run(model=SmallResNet)
+    with torch.no_grad():
+        other.model.prep[0].weight.zero_()
+    before = other.state()
+    with pytest.raises(ValueError, match="parameter group"):
+        other.load_state(run.state())
+    assert same_state(other.state(), before)
 
 
 def test_a_state_after_rates_of_numpy_can_be_loaded_from_a_file(tmp_path):
@@ -1147,8 +1159,9 @@ def test_the_device_is_a_gpu_if_there_is_one(monkeypatch, available):
     assert train.choose_device("cpu") == "cpu"
 
 
-def test_the_number_of_a_gpu_is_refused():
-    with pytest.raises(ValueError, match="PyTorch finds only .*cpu here, and no device cuda:1"):
+def test_the_number_of_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"finds here \(cuda, .*cpu\), got cuda:1"):
         train.choose_device("cuda:1")
 
 
@@ -2426,7 +2439,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     assert quick_workplace.fail(*command, *arguments) == (
         f"run.pt is of another run: {differences}.\n"
         "Give the options of that run. On another machine, also give --device and --precision.\n"
-        "If you changed the code since, undo that, or choose another --checkpoint.")
+        "If you changed the code since, undo that.\nOr choose another --checkpoint.")
     assert [Path(name).read_bytes() for name in ("run.pt", "run.json")] == files
 
 
@@ -3276,7 +3289,7 @@ def test_an_option_may_be_typed_with_underscores():
     ("--flips never", "--flips: invalid choice: 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
-    ("--device cuda", "PyTorch finds only cpu here, and no device cuda"),
+    ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda."),
     ("--checkpoint new/", "must be names of files, without a slash at the end, got new/"),
     ("--output new/", "must be names of files, without a slash at the end, got new/"),
     ("--weights new/", "must be names of files, without a slash at the end, got new/"),

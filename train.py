@@ -26,7 +26,7 @@ The program in calls:
         train_and_record         find_rates and train_epochs
         finish_run               result, files, figures
 
-After `import train`, your own experiment can call all of them, too.
+After `import train`, your own experiment can call the method, and `main`, too.
 """
 
 import argparse
@@ -67,7 +67,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-if torch.__version__ < (2, 7):  # its own type of string, which compares with a tuple
+if torch.__version__ < (2, 7):  # a TorchVersion, which compares with tuples
     raise ImportError(f"train.py needs PyTorch 2.7 or newer, this is {torch.__version__}")
 
 # ==== THE METHOD =======================================================================
@@ -179,7 +179,7 @@ RECIPES = {
 
 
 def choose_batch_size(recipe, image_count):
-    """Return the recipe with a batch size for `image_count` images, unless it names one.
+    """Return the recipe. If its batch size is 0, it gets one for `image_count` images.
 
     Few images get smaller batches. Else an epoch would have few steps and teach little.
     """
@@ -533,9 +533,9 @@ class ResNet(nn.Module):
 def pass_input_on(model):
     """Let every convolution but the first begin by passing its input on.
 
-    A convolution of C channels gets C filters that each pass one channel on. Its other
-    filters stay random. So the untrained network already carries the image to its last layer
-    (K. Jordan, arXiv:2404.00498, section 3.3).
+    A convolution with C input channels gets C filters, each of which passes one channel on.
+    Its other filters stay random. So the untrained network already carries the image to its
+    last layer (K. Jordan, arXiv:2404.00498, section 3.3).
     """
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     for convolution in convolutions[1:]:  # the first one is for `whiten_patches`
@@ -587,8 +587,9 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
     The gradient plus a part of the momentum is seen as a matrix (out, in x height x width).
-    The step subtracts `lr` times the nearest matrix whose singular values are near 1. So no
-    part of the gradient learns much faster than another.
+    The step subtracts `lr` times the nearest matrix whose singular values are near 1. So the
+    weight moves about equally far in all directions of this matrix. Before that, the weight
+    is scaled to a fixed norm.
     `momentum`, the fading sum of all gradients, has the shape of `weight` and is updated,
     too. `dtype` is that of the matrix products.
     """
@@ -659,10 +660,11 @@ def make_optimizer(recipe, model, dtype):
             raise ValueError("the optimizer muon needs a network with convolutions")
     of_muon = set(muon_weights)
     rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
-    matrices = [parameter for parameter in rest if parameter.ndim > 1]
-    vectors = [parameter for parameter in rest if parameter.ndim <= 1]  # biases, BatchNorms
-    # "decays" is a key of our own. `set_weight_decay` looks for it when LRMAX is known.
-    groups = [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
+    decayed = [parameter for parameter in rest if parameter.ndim > 1]
+    spared = [parameter for parameter in rest if parameter.ndim <= 1]  # biases, BatchNorms
+    # Weight decay spares biases and BatchNorms; the L2 term is for all. "decays" is a key of
+    # our own: `set_weight_decay` sets the decay of these groups when LRMAX is known.
+    groups = [{"params": decayed, "decays": True}, {"params": spared, "decays": False}]
     # `train_step` sets the learning rate and the first beta.
     adam = torch.optim.Adam(
         groups, betas=(recipe.beta1_peak, recipe.beta2), eps=recipe.epsilon,
@@ -718,7 +720,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Run:
     """A model, what trains it, and how far it has come. `start_run` makes one.
 
-    Four parameters of `start_run` exchange its parts:
+    You can replace its parts, the first three by parameters of `start_run`:
 
     - `model` is a network, or a function that returns one. The network turns normalized
       images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
@@ -733,12 +735,12 @@ class Run:
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
       seed decides.
-    - `cuda_graph`: on NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. Then
-      hooks of its layers and weights and second derivatives do not work, and each step
-      overwrites the gradients of the one before. To keep a gradient, clone it. False turns
-      the graph off.
+    - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
 
-    A fifth part is set on the run itself, before the sweep: `run.optimizer = ...`.
+    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. In the graph, second
+    derivatives do not work, nor do hooks of layers or weights. Each step overwrites the
+    gradients of the one before; to keep one, clone it. `start_run(..., cuda_graph=False)`
+    turns the graph off.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
@@ -762,7 +764,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_free: bool = False  # inside a step, until a forward pass has taken the graph
+    graph_is_free: bool = False  # while a loss is computed, until a forward pass used it
 
     @property
     def dtype(self):
@@ -805,11 +807,16 @@ class Run:
         return images.shape == self.graph.input_shape
 
     def compute_loss(self, images, labels):
-        """Return what `loss` returns for a step: the loss and the logits."""
+        """Return what `loss` returns for a step: the loss and the logits.
+
+        Meanwhile, one forward pass may use the CUDA graph. Later ones, by hooks of the step,
+        may not: they would overwrite what the backward pass needs.
+        """
         self.graph_is_free = True
-        loss, logits = self.loss(self, images, labels)
-        self.graph_is_free = False  # a hook of the step may compute more logits
-        return loss, logits
+        try:
+            return self.loss(self, images, labels)
+        finally:
+            self.graph_is_free = False
 
     def check_logits(self, logits):
         """Raise ValueError if an image has fewer logits than there are classes."""
@@ -874,13 +881,15 @@ class Run:
         differences = differing_settings(state["settings"], self.settings())
         if differences:
             raise ValueError(f"this state is of another run: {differences}")
+        # The optimizer first: it refuses other groups before anything has changed. It gets a
+        # copy, because it goes on with the tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
+        saved_parameters = state["loss_parameters"]
         with torch.no_grad():
-            for values, saved in zip(self.loss_parameters(), state["loss_parameters"]):
+            for values, saved in zip(self.loss_parameters(), saved_parameters, strict=True):
                 values.copy_(saved)
-        # An optimizer goes on with the tensors that it is given.
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         # A new scaler: after an interrupted step, the old one would raise in the next step.
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
@@ -921,7 +930,7 @@ def restore_random_state(device, state):
 # ---- Start of a run: device, precision, data and network ------------------------------
 
 def choose_device(device="auto"):
-    """Return "cuda", "mps" or "cpu", or raise ValueError if PyTorch does not find it.
+    """Return "cuda", "mps" or "cpu". Raise ValueError for what PyTorch does not find.
 
     "auto" takes the fastest one that it finds. Of several GPUs, the environment variable
     CUDA_VISIBLE_DEVICES chooses one.
@@ -934,7 +943,8 @@ def choose_device(device="auto"):
     found.append("cpu")
     device = str(device)  # it may be a torch.device
     if device not in ["auto", *found]:
-        raise ValueError(f"PyTorch finds only {', '.join(found)} here, and no device {device}")
+        raise ValueError(f"device must be auto or what PyTorch finds here ({', '.join(found)}), "
+                         f"got {device}. Of several GPUs, CUDA_VISIBLE_DEVICES chooses one")
     return found[0] if device == "auto" else device
 
 
@@ -988,8 +998,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    # cuDNN can search for its fastest kernels, which takes time. In bf16, this pays for the
-    # CUDA graph alone, so `capture_graph` turns it on.
+    # cuDNN can search for its fastest kernels, which takes time. In bf16, that is worth it
+    # only with the CUDA graph, so `capture_graph` turns it on.
     torch.backends.cudnn.benchmark = precision != "bf16"
     network = make_model(recipe, model, num_classes, seed)
     network.to(device, torch.float32, memory_format=fast_layout(device))
@@ -1047,8 +1057,8 @@ def make_model(recipe, model, num_classes, seed):
     """Return `model`, or what it makes if it is a function, or the built-in network."""
     if isinstance(model, nn.Module):
         return model
-    # `fork_rng` gives the caller's random state back. It is that of the CPU alone, because
-    # the weights are drawn there, so that they are the same on every device.
+    # `fork_rng` restores the caller's random state, here of the CPU alone: the weights are
+    # drawn there, so that they are the same on every device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return ResNet(recipe, num_classes) if model is None else model()
@@ -1097,10 +1107,14 @@ def capture_graph(run):
     return graph
 
 
-# ---- One step, and the moving average of the weights ----------------------------------
+# ---- Before the first step ------------------------------------------------------------
 
 def begin_training(run):
-    """Prepare the model for steps. Raise ValueError if the run is not ready for them."""
+    """Prepare a run for steps, in the sweep or in the training.
+
+    Afterwards, the caller sets `run.graph` to None, which frees its memory. Raise ValueError
+    if the run is not ready.
+    """
     run.check_between_epochs()
     check_parameters(run)
     if run.device == "cpu":
@@ -1124,7 +1138,7 @@ def check_parameters(run):
         trained_count = sum(parameter.numel() for parameter in trainable)
         count = sum(parameter.numel() for parameter in parameters)
         warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
-                      "the others are frozen", stacklevel=4)  # for the caller of the training
+                      "the others are frozen", stacklevel=4)  # the line that wants to train
     if not set(run.optimizer_parameters()).issuperset(trainable):
         raise ValueError("the optimizer does not hold all parameters of the model")
 
@@ -1139,6 +1153,8 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the end of the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
+
+# ---- One step, and the moving average of the weights ----------------------------------
 
 def cross_entropy(run, images, labels):
     """Return the cross-entropy with the recipe's label smoothing, and the logits."""
@@ -1204,7 +1220,7 @@ def copy_other_buffers(run):
 # ---- One-cycle ------------------------------------------------------------------------
 
 class Rates(NamedTuple):
-    """The lowest and the highest learning rate of a run."""
+    """The learning rates of a run's cycle: at its start (LRMIN) and at its peak (LRMAX)."""
     lr_min: float
     lr_max: float
     sweep: dict | None = None  # the record of the sweep that found them, see `find_rates`
@@ -1243,8 +1259,9 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-RISE = 0.03  # of the lowest loss: more is a rise
-FALL_PART = 0.1  # of the loss's fall: more is a rise, or not yet the end of the fall
+# The smoothed loss is low where it is above its lowest value by at most these parts:
+RISE = 0.03  # of the lowest value. Beyond that, the loss has risen
+FALL_PART = 0.1  # of its fall. Before that, it still falls; beyond that, it has risen
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1255,7 +1272,7 @@ def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
     Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX is
-    uncertain, their `note` says why, and a warning is given. Afterwards the run is as
+    uncertain, their `note` says why, as an UncertainRates warning. Afterwards the run is as
     before. `on_step(step, steps, learning rate, loss)` is called after each step. Raise
     UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
@@ -1517,11 +1534,11 @@ def train_epoch(run, rates, on_step=None):
         if on_step:
             on_step(number, steps, lr, loss)
     loss_of_batch = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
-    weight_of_batch = loss_of_batch.new_tensor(sizes)
+    size_of_batch = loss_of_batch.new_tensor(sizes)
     image_count = len(run.training.labels)
     return {
         "lr": lr,
-        "train_loss": (loss_of_batch @ weight_of_batch / image_count).item(),
+        "train_loss": (loss_of_batch @ size_of_batch / image_count).item(),
         "train_accuracy": correct.item() / image_count,
     }
 
@@ -1707,9 +1724,10 @@ def options_of_seed(options, seed):
 
 @contextlib.contextmanager
 def temporary_file(path):
-    """Yield the name of a temporary file in the folder of `path`, and the real path of `path`.
+    """Yield where to write a temporary file, and the real path of `path`, on the same disk.
 
-    An OSError becomes a UserError.
+    At the end, the temporary file is deleted if it is still there. An OSError becomes a
+    UserError.
     """
     target = Path(path).resolve()  # symbolic links are kept
     try:
@@ -1913,7 +1931,7 @@ class Recorder:
         if differences:
             raise UserError(f"{path} is of another run: {differences}.\nGive the options of "
                             "that run. On another machine, also give --device and "
-                            "--precision.\nIf you changed the code since, undo that, or "
+                            "--precision.\nIf you changed the code since, undo that.\nOr "
                             "choose another --checkpoint.")
         self.continue_report(saved["report"])
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
