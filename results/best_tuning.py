@@ -5,7 +5,7 @@
 Half the channels make a quarter of the parameters. A quarter of the training images, in
 batches of 128 instead of 512, makes as many steps as the whole data set. Such a run takes a
 tenth of the computing time. It is evaluated on the last 15,000 training images, on the CPU,
-and keeps several moving averages (EMA) of its weights.
+and keeps two moving averages (EMA) of its weights.
 """
 
 import copy
@@ -49,7 +49,7 @@ VALUES_OF_SEEDS = {
     14: (0.1, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
     15: (0.1, 0, 0.2, 2, "adam", 0, 128, 6, "fp32"),
     17: (0.1, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
-    # The same but for label smoothing, or Muon's rate.
+    # Like seeds 14 and 17, but for label smoothing or Muon's rate.
     18: (0.1, 0, 0.1, 2, "muon", 0, 128, 6, "fp32"),
     19: (0.1, 0, 0.1, 2, "muon", 0, 128, 6, "fp32"),
     20: (0.14, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
@@ -145,7 +145,7 @@ def evaluate_average(run):
 def train_run(values, training, held_out, seed):
     """Train with the values of a run. Return its record."""
     run = start(values, training, held_out, seed)
-    environment = train.describe_environment(run)  # before the training: the code may change
+    environment = train.describe_environment(run)  # before the training, for the commit
     test = train.prepare_images(held_out, run.mean, run.std, run.device, run.dtype)
     averages = [with_average(run, ema_epochs, test) for ema_epochs in EMA_EPOCHS]
 

@@ -245,8 +245,8 @@ def picked_rates(name, rule):
     """Return the LRMAX that a rule picks in each sweep of a case."""
     case = CASES[name]
     steps = 0
-    if case.optimizer in (None, AdamW):  # the others are not relatives of Adam
-        steps = rules.adam_steps(recipe_of(case), case.images)
+    if case.optimizer in (None, AdamW):  # SGD and RMSprop are no relatives of Adam
+        steps = rules.count_adam_steps(recipe_of(case), case.images)
     sweeps = load_record(name)["sweeps"]
     return [rule(sweep["lr"], sweep["loss"], steps) for sweep in sweeps]
 

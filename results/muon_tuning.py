@@ -74,7 +74,7 @@ def train_run(values, training, held_out, seed):
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)
     studies.give_first_convolution_to_adam(run)
-    environment = train.describe_environment(run)  # before the training: the code may change
+    environment = train.describe_environment(run)  # before the training, for the commit
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
     rows = list(train.train_epochs(run, rates))
     return {

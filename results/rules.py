@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 
-def adam_steps(recipe, image_count):
+def count_adam_steps(recipe, image_count):
     """Return the number of steps that a recipe trains with Adam; 0 if it has Muon."""
     if recipe.optimizer != "adam":
         return 0

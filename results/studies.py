@@ -108,16 +108,18 @@ class Study:
         """Train the runs that the command line names and that have no record yet.
 
         `train_run(values, training, held_out, seed)` returns the record of a run, with
-        "values" and "seed". The Splits have the first and the last training images of
-        CIFAR-10, so many of each.
+        "values" and "seed". Of CIFAR-10's training images, `training` has the first
+        `image_count`, `held_out` the last `held_out_count`.
         """
         options = parse_names(argparse.ArgumentParser(description=description), self.runs)
-        missing = [name for name in options.names if not self.record_path(name).exists()]
-        for name in set(options.names).difference(missing):
-            self.load_record(name)  # it has to be of the same run
+        for name in options.names:
+            if self.record_path(name).exists():
+                self.load_record(name)  # raises if it is of other values
         training, held_out = split_training_images(
             options.data_dir, image_count, held_out_count)
-        for name in missing:
+        for name in options.names:
+            if self.record_path(name).exists():  # another process may have written it by now
+                continue
             record = train_run(self.runs[name], training, held_out, self.seeds[name])
             write_record(self.record_path(name), record)
             print(name, "done", flush=True)
@@ -161,8 +163,8 @@ def estimate_effects(levels, results):
     """Return the effect of each column of `levels` (runs, columns), and their standard error.
 
     An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
-    The error comes from what all effects together leave unexplained. It is the same for all
-    columns, because each has a 1 in half of the runs and no two columns are correlated.
+    Each column must have a 1 in half of the runs, and no two may be correlated. The error
+    comes from what all effects together leave unexplained. It is the same for all columns.
     """
     results = np.asarray(results)
     runs, columns = levels.shape

@@ -3,7 +3,7 @@
     python results/tables.py
 
 In the text, a table stands between `<!-- table: NAME -->` and `<!-- end -->`. This script
-replaces the lines between these two comments. TABLES says what the table NAME shows.
+replaces its lines between these two comments. TABLES says what the table NAME shows.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ TABLES = {
     ]),
 }
 
-STUDY_TABLES = {  # the functions that make these tables, from the records in results/NAME/
+STUDY_TABLES = {  # the functions that make these tables, from the records of the studies
     "finder-cases": finder.table_of_cases,
     "finder-means": finder.table_of_means,
     "best-runs": best_tuning.table_of_runs,
@@ -165,7 +165,7 @@ def load_row(pattern):
 
 
 def check_report(name, report):
-    """Raise ValueError if a report is of a run that did not end, or of another Recipe."""
+    """Raise ValueError if a run did not end, or had other fields than train.Recipe."""
     if report["summary"]["status"] != "complete":
         raise ValueError(f"{name} is of a run that did not end")
     fields = {field.name for field in dataclasses.fields(train.Recipe)}
@@ -187,7 +187,7 @@ def check_alike(row, trait):
 
 
 def machine(report):
-    """Return the name of the device that a run was on."""
+    """Return what runs must share if their times are compared: the device."""
     return {"device_name": report["environment"]["device_name"]}
 
 
@@ -261,7 +261,7 @@ def found_rates(row, rule=rules.ours):
     found = []
     for report in row.values():
         recipe = train.Recipe(**report["config"]["recipe"])
-        steps = rules.adam_steps(recipe, report["data"]["train_images"])
+        steps = rules.count_adam_steps(recipe, report["data"]["train_images"])
         sweep = report["lr_sweep"]
         found.append(rule(sweep["lr"], sweep["loss"], steps))
     return found

@@ -32,13 +32,13 @@ CLASSES = [str(number) for number in range(10)]
 
 # ---- Tables and text say what the reports say -------------------------------------------
 
-# What others reported, and the link that the page has to have; figures of older commits.
+# What others reported, and the link that the page has to have.
 REPORTED = {
     "90.98": "github.com/nanekja/pytorch_utils",
     "93.07": "github.com/jaiyesh/tsai-era",
     "94.08": "github.com/davidcpage/cifar10-fast",
 }
-EARLIER = {"91.10", "94.17"}  # of the commits 8bd2076 and 6558edc
+EARLIER = {"91.10", "94.17"}  # our own numbers, of the commits 8bd2076 and 6558edc
 REPORTS = tables.HERE  # some tests write reports elsewhere
 
 
@@ -111,7 +111,7 @@ def test_a_percentage_with_two_decimals_is_of_some_report_or_has_its_source(path
     text = path.read_text()
     prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
     # The first one of "65.50 to 70.50%" is a percentage, too.
-    figures = set(re.findall(r"(\d\d\.\d\d)(?=%| ±| (?:to|and) \d\d\.\d\d%)", prose))
+    figures = set(re.findall(r"(\d\d\.\d\d)(?=%| ±|\s(?:to|and)\s\d\d\.\d\d%)", prose))
     assert figures
     unknown = figures - percentages_of_reports() - EARLIER
     without_source = [figure for figure in unknown
@@ -210,6 +210,14 @@ def test_a_report_of_a_run_that_did_not_end_is_refused(written_row):
         written_row(report_with(0.9, "summary", status="interrupted"))
 
 
+def test_tables_are_filled_in_from_the_reports(tmp_path):
+    text = tables.FILES[0].read_text()
+    page = tmp_path / "README.md"
+    page.write_text(re.sub(r"(<!-- table: .+ -->\n)(\|.*\n)+", r"\1", text))
+    assert page.read_text() != text
+    assert tables.fill_tables(page) == text
+
+
 def test_each_table_is_shown_once_and_closed():
     text = "".join(path.read_text() for path in tables.FILES)
     names = re.findall(r"<!-- table: (.+?) -->\n(?:\|.*\n)+<!-- end -->", text)
@@ -269,6 +277,12 @@ def test_the_spread_of_a_rule_is_its_largest_rate_divided_by_its_smallest():
     for lowest in (0.01, 0.05, 0.02):
         row[str(lowest)] = report_with(0.9, "lr_sweep", lr=[lowest, 1.0], loss=[2.0, 1.0])
     assert tables.spread_cell(row, lambda lrs, losses, steps: lrs[0]) == "5"
+
+
+def test_a_distance_between_runs_under_unlike_conditions_is_refused():
+    rows = [row_with(9420, 9430), {"gpu": report_with(0.95, "environment", device="cuda")}]
+    with pytest.raises(ValueError, match="unlike"):
+        tables.make_cell("gain", rows, 1)
 
 
 def test_a_distance_between_rows_of_one_run_is_refused():
@@ -644,21 +658,21 @@ def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
 
 
 @pytest.fixture
-def train_one_epoch(monkeypatch, started_runs):
-    """Return a function that trains a run of the study for one epoch: its record, its Run."""
+def train_small_run(monkeypatch, started_runs):
+    """Return a function that trains a run of the study, but shorter: its record, its Run."""
     monkeypatch.setattr(best_tuning, "WATCHED", 10)
 
-    def train_named(name):
+    def train_named(name, **changed):
         split = random_split(40)
-        values = {**best_tuning.RUNS[name], "batch_size": 16, "epochs": 1}
+        values = {**best_tuning.RUNS[name], "batch_size": 16, "epochs": 1, **changed}
         record = best_tuning.train_run(values, split, split, seed=0)
         return record, started_runs[0]
 
     return train_named
 
 
-def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
-    record, run = train_one_epoch("seed0")
+def test_a_run_of_best_tuning_trains_with_its_values(train_small_run):
+    record, run = train_small_run("seed0")
     assert record["values"] == {
         "muon_lr": 0.05, "cutout": 0, "label_smoothing": 0.1, "padding": 2, "first_by": "adam",
         "mixed": 0, "batch_size": 16, "epochs": 1, "precision": "bf16"}
@@ -673,12 +687,12 @@ def test_a_run_of_best_tuning_trains_with_its_values(train_one_epoch):
 
 @pytest.mark.parametrize("name, matrices", [
     ("seed0", ["head.weight", "prep.0.weight"]), ("seed2", ["head.weight"])])
-def test_adam_or_muon_updates_the_first_convolution(train_one_epoch, name, matrices):
-    _, run = train_one_epoch(name)
+def test_adam_or_muon_updates_the_first_convolution(train_small_run, name, matrices):
+    _, run = train_small_run(name, precision="fp32")
     assert matrices_of_adam(run) == matrices
 
 
-def test_a_run_with_mixed_images_trains_with_their_loss(train_one_epoch, monkeypatch):
+def test_a_run_with_mixed_images_trains_with_their_loss(train_small_run, monkeypatch):
     shares = []
     mixed_cross_entropy = best_tuning.mixed_cross_entropy
 
@@ -687,7 +701,7 @@ def test_a_run_with_mixed_images_trains_with_their_loss(train_one_epoch, monkeyp
         return mixed_cross_entropy(share, generator)
 
     monkeypatch.setattr(best_tuning, "mixed_cross_entropy", keep_share)
-    _, run = train_one_epoch("seed8")
+    _, run = train_small_run("seed8", precision="fp32")
     assert shares == [0.5]
     assert run.loss is not train.cross_entropy
 
@@ -717,17 +731,23 @@ def test_a_mixed_image_has_the_labels_of_both_by_their_parts(share):
     assert is_foreign.any(1).float().mean().item() == pytest.approx(0.9 * share, abs=0.1)
 
 
-def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(train_one_epoch):
-    record, run = train_one_epoch("seed2")
-    averages = record["averages"]
-    assert [average["ema_epochs"] for average in averages] == [0.25, 0.5]
-    assert len({average["loss"] for average in averages}) == 2
-    # The run itself has the time 0.5, but was evaluated on a few images alone.
-    run.test = train.prepare_images(random_split(40), run.mean, run.std, run.device, run.dtype)
-    result = train.evaluate_run(run)
-    assert averages[1]["loss"] == result["test_loss"]
-    assert averages[1]["accuracy"] == result["test_accuracy"]
-    assert averages[1]["tta_accuracy"] == train.evaluate_run(run, tta=True)["test_accuracy"]
+def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(train_small_run):
+    # Two epochs of eight steps. The average of the run itself is over 0.5 epochs.
+    record, run = train_small_run("seed2", epochs=2, batch_size=5, precision="fp32")
+    split = random_split(40)
+    other = best_tuning.start(record["values"], split, split, seed=0)
+    other.recipe = dataclasses.replace(other.recipe, ema_epochs=0.25)
+    list(train.train_epochs(other, train.Rates(0.06 / 300, 0.06)))
+    quarter, half = record["averages"]
+    assert (quarter["ema_epochs"], half["ema_epochs"]) == (0.25, 0.5)
+    assert quarter["loss"] != half["loss"]
+    for average, trained in ((quarter, other), (half, run)):
+        trained.test = train.prepare_images(split, run.mean, run.std, run.device, run.dtype)
+        result = train.evaluate_run(trained)
+        with_tta = train.evaluate_run(trained, tta=True)
+        assert average["loss"] == result["test_loss"]
+        assert average["accuracy"] == result["test_accuracy"]
+        assert average["tta_accuracy"] == with_tta["test_accuracy"]
 
 
 if __name__ == "__main__":
