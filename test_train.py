@@ -3289,7 +3289,7 @@ def test_an_option_may_be_typed_with_underscores():
     ("--flips never", "--flips: invalid choice: 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
-    ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda."),
+    ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda"),
     ("--checkpoint new/", "must be names of files, without a slash at the end, got new/"),
     ("--output new/", "must be names of files, without a slash at the end, got new/"),
     ("--weights new/", "must be names of files, without a slash at the end, got new/"),

@@ -944,7 +944,7 @@ def choose_device(device="auto"):
     device = str(device)  # it may be a torch.device
     if device not in ["auto", *found]:
         raise ValueError(f"device must be auto or what PyTorch finds here ({', '.join(found)}), "
-                         f"got {device}. Of several GPUs, CUDA_VISIBLE_DEVICES chooses one")
+                         f"got {device}")
     return found[0] if device == "auto" else device
 
 
