@@ -92,7 +92,7 @@ TABLES = {
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
-        ("the same, without bf16 (before commit 5bb6a2a)", "first-look/fast-fp32-seed*"),
+        ("the same, without bf16", "first-look/fast-fp32-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
