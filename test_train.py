@@ -595,6 +595,14 @@ def test_random_flips_mirror_another_half_in_each_epoch():
         assert 200 < (one != other).sum() < 300
 
 
+@pytest.mark.parametrize("flips", ["alternating", "random"])
+def test_half_of_many_images_are_mirrored(flips):
+    split = train.Split(None, torch.zeros(100_000))
+    run = SimpleNamespace(recipe=Recipe(flips=flips), seed=0, training=split)
+    mirrored = train.draw_flips(run, 1, train.epoch_generator(0, 1, "cpu"))
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.008)  # five deviations
+
+
 @pytest.mark.parametrize("precision, dtype", [
     ("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_augment_gets_images_after_the_recipes_augmentation_in_the_runs_precision(

@@ -78,7 +78,10 @@ MAX_EPOCHS = 100_000  # below SWEEP_EPOCH, see there
 
 
 def recipe_field(default, allowed, help):
-    """Return a field of Recipe; `help` is its text for --help, `allowed` as in `check_value`."""
+    """Return a field of Recipe.
+
+    `allowed` is as in `check_value`, and `help` is the text that --help shows.
+    """
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
 
@@ -802,7 +805,8 @@ class Run:
         """
         if self.graph is None or not self.graph_is_free:
             return False
-        if not self.model.training or images.requires_grad:  # it was captured for neither
+        # It was captured in training mode, and it computes no gradients of the images.
+        if not self.model.training or images.requires_grad:
             return False
         return images.shape == self.graph.input_shape
 
@@ -943,7 +947,8 @@ def choose_device(device="auto"):
     found.append("cpu")
     device = str(device)  # it may be a torch.device
     if device not in ["auto", *found]:
-        raise ValueError(f"device must be auto or what PyTorch finds here ({', '.join(found)}), "
+        names = ", ".join(found)
+        raise ValueError(f"device must be auto or what PyTorch finds here ({names}), "
                          f"got {device}")
     return found[0] if device == "auto" else device
 
@@ -1272,8 +1277,8 @@ def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
     Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX is
-    uncertain, their `note` says why, as an UncertainRates warning. Afterwards the run is as
-    before. `on_step(step, steps, learning rate, loss)` is called after each step. Raise
+    uncertain, their `note` says why, and so does an UncertainRates warning. Afterwards the
+    run is as before. `on_step(step, steps, learning rate, loss)` is called after each step. Raise
     UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
@@ -1293,7 +1298,9 @@ def find_rates(run, on_step=None):
         run.graph = None  # Python's next garbage collection frees its memory
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    adam_steps = run.recipe.epochs * epoch_steps if is_adam(run.optimizer) else 0  # no limit
+    adam_steps = 0  # then LRMAX has no limit
+    if is_adam(run.optimizer):
+        adam_steps = run.recipe.epochs * epoch_steps
     lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
     note = why_uncertain(smoothed)
     if note:
@@ -1937,7 +1944,10 @@ class Recorder:
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
     def continue_report(self, saved):
-        """Go on with the report of a checkpoint. Its environment is that of the first process."""
+        """Go on with the report of a checkpoint.
+
+        The report's environment stays that of the first process.
+        """
         current_environment = self.report["environment"]
         for section in ("environment", "continued_in", "rates", "lr_sweep", "epochs"):
             self.report[section] = saved[section]

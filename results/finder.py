@@ -245,7 +245,7 @@ def picked_rates(name, rule):
     """Return the LRMAX that a rule picks in each sweep of a case."""
     case = CASES[name]
     steps = 0
-    if case.optimizer in (None, AdamW):  # SGD and RMSprop are no relatives of Adam
+    if case.optimizer is None or train.is_adam(case.optimizer([nn.Parameter(torch.zeros(1))])):
         steps = rules.count_adam_steps(recipe_of(case), case.images)
     sweeps = load_record(name)["sweeps"]
     return [rule(sweep["lr"], sweep["loss"], steps) for sweep in sweeps]

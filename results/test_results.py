@@ -358,6 +358,7 @@ def test_a_regret_is_a_mean_with_a_star_if_a_rate_was_picked_beyond_the_measured
 
 @pytest.mark.parametrize("changes, steps", [
     ({}, 6), ({"optimizer": torch.optim.AdamW}, 6),  # two epochs of three steps
+    ({"optimizer": torch.optim.NAdam}, 6),
     ({"optimizer": finder.plain_sgd}, 0), ({"recipe": train.Recipe(optimizer="muon")}, 0)])
 def test_a_rule_is_told_the_steps_of_a_training_with_adam(
         finder_case, monkeypatch, changes, steps):
