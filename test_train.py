@@ -1352,9 +1352,12 @@ class TwoOutputs(nn.Sequential):
     (nn.Flatten(0), r"10 logits .* num_classes is 10, got \(24576,\)")])
 def test_a_network_whose_logits_do_not_fit_the_classes_is_refused(network, reason):
     run = small_run(model=linear_network)
-    run.model = network
-    with pytest.raises(ValueError, match=f"the network must return {reason}"):
+    run.model = run.averaged = network
+    message = f"the network must return {reason}"
+    with pytest.raises(ValueError, match=message):
         run.forward(run.test.images)
+    with pytest.raises(ValueError, match=message):
+        train.evaluate_run(run)
 
 
 def test_a_network_may_have_more_outputs_than_there_are_classes():
@@ -1758,6 +1761,41 @@ def test_the_state_of_a_run_with_other_settings_is_refused(changed, difference):
     with pytest.raises(ValueError, match=f"^this state is of another run: {difference}$"):
         other.load_state(state)
     assert same_state(other.state(), before)
+
+
+@pytest.mark.parametrize("network", [
+    lambda: linear_network(classes=11),
+    lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(3 * 32 * 32, 10))],
+    ids=["shape", "name"])
+def test_the_state_of_another_network_is_refused(network):
+    run = small_run(model=linear_network)
+    before = run.state()
+    with pytest.raises(ValueError, match="^this state is of another network: "):
+        run.load_state(small_run(model=network).state())
+    assert torch.equal(run.model[1].weight, before["model"]["1.weight"])
+
+
+def test_a_state_that_is_loaded_between_epochs_does_not_bring_its_weight_decay():
+    run = small_run(Recipe(epochs=3, batch_size=4), model=linear_network)
+    start = run.state()  # before a training has set the decay
+    decays = []
+
+    def note_decay(*_):
+        decays.append(run.optimizer.param_groups[0]["weight_decay"])
+
+    for _ in train.train_epochs(run, STEP_RATES, note_decay):
+        if len(decays) == 2:  # after the first epoch
+            run.load_state(start)
+    assert decays == [train.choose_weight_decay(run.recipe, STEP_RATES.lr_max, 2)] * 8
+    assert decays[0] > 0
+
+
+def test_inside_a_sweep_or_an_epoch_there_is_no_state():
+    run = small_run(Recipe(epochs=1, batch_size=4), model=linear_network)
+    with pytest.raises(ValueError, match="^an epoch of this run goes on"):
+        train.find_rates(run, lambda *_: run.state())
+    with pytest.raises(ValueError, match="^an epoch of this run goes on"):
+        next(train.train_epochs(run, STEP_RATES, lambda *_: run.state()))
 
 
 def test_a_loss_of_your_own_gets_the_run_and_each_augmented_batch():
@@ -2446,8 +2484,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     files = [Path(name).read_bytes() for name in ("run.pt", "run.json")]
     assert quick_workplace.fail(*command, *arguments) == (
         f"run.pt is of another run: {differences}.\n"
-        "Give the options of that run. On another machine, also give --device and --precision.\n"
-        "If you changed the code since, undo that.\nOr choose another --checkpoint.")
+        "For a new run, choose another --checkpoint.\nTo continue that run, give its options. "
+        "On another machine, also give --device and --precision.\n"
+        "If you changed the code since, undo that.")
     assert [Path(name).read_bytes() for name in ("run.pt", "run.json")] == files
 
 
@@ -2632,6 +2671,16 @@ def test_a_write_that_fails_on_the_way_costs_a_warning(
     assert capsys.readouterr().out.count(f"warning  cannot write {name} (") == 1
 
 
+def test_a_write_that_fails_at_the_end_costs_no_figures(quick_workplace, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "save_figures", lambda *_: drawn.append("figures"))
+    before_steps(monkeypatch, {2: lambda: put_folder_at("weights.pt")})
+    with pytest.raises(train.UserError, match="^cannot write weights.pt"):
+        train.main([*SMALL, *RATES, "--epochs", 1, "--output", "run.json",
+                    "--weights", "weights.pt"])
+    assert drawn == ["figures"]
+
+
 @pytest.mark.parametrize("name", ["run.json", "run.pt", "weights.pt"])
 def test_a_write_that_fails_at_the_end_fails_the_run_but_costs_nothing_else(
         quick_workplace, monkeypatch, capsys, usual_signals, name):
@@ -2777,6 +2826,9 @@ def test_the_commit_of_a_script_is_the_last_one_that_changed_it(tmp_path, monkey
     assert train.script_commit() == commit
     script.write_text("2")
     assert train.script_commit() == f"{commit}+"
+    with monkeypatch.context() as pasted:
+        pasted.setattr(train, "IS_PASTED", True)
+        assert train.script_commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # there is no git
     assert train.script_commit() is None
 
@@ -2903,13 +2955,13 @@ def test_each_of_several_seeds_has_its_files_and_equals_a_run_of_its_own(
     # Dropout's random numbers do not follow from the seed.
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     reports = train.main([*SMALL, *REPORT, *RATES, "--epochs", 1, "--runs", 2, "--seed", 4,
-                          "--checkpoint", "run.pt", "--weights", "weights.v1"])
+                          "--checkpoint", "run.pt", "--weights", "weights.v1.pth"])
     assert "\n2 runs   mean" in capsys.readouterr().out
     assert [report["config"]["options"]["seed"] for report in reports] == [4, 5]
     for report, seed in zip(reports, (4, 5), strict=True):
         assert report == quick_workplace.report(f"run-seed{seed}.json")
         assert saved_state(f"run-seed{seed}.pt")["settings"]["seed"] == seed
-        assert Path(f"weights.v1-seed{seed}").is_file()
+        assert Path(f"weights.v1-seed{seed}.pth").is_file()
     assert lasting_part(reports[0]) != lasting_part(reports[1])
     alone = quick_workplace.run("--epochs", 1, *RATES, "--seed", 5)
     assert lasting_part(reports[1]) == lasting_part(alone)
@@ -3318,11 +3370,17 @@ def test_nonsense_ends_with_one_sentence_and_no_files(
     assert os.listdir(tmp_path) == []
 
 
+def test_the_screen_calls_an_l2_term_by_its_name(quick_workplace, capsys):
+    quick_workplace.run("--epochs", 1, "--l2", 0.1, *RATES)
+    assert "LRMAX 0.01 at epoch 0.208 of 1, L2 term 0.1\n" in capsys.readouterr().out
+
+
 def test_a_lowest_rate_above_the_peak_that_was_found_is_refused(workplace, monkeypatch):
     monkeypatch.setattr(train, "find_rates", lambda run, on_step: train.Rates(1e-4, 0.03))
     message = workplace.fail("--lr-min", 0.5)
     assert message.startswith("--lr-min 0.5 is above LRMAX 0.03")
     assert "a lower --lr-min" in message
+    assert message.endswith("--lr-max 0.03 skips the sweep.")
 
 
 # ---- The first look: the sample, few images, the download ------------------------------
@@ -3606,7 +3664,7 @@ def test_a_process_needs_no_terminal_and_no_standard_output(
 
 NEXT_CELL = """\
 accuracy = epochs = lr = recipe = report = run = start = 10
-main(["--device", "cpu", "--epochs", 1, "--subset", 20])["summary"]["status"], epochs
+main(["--device", "cpu", "--epochs", 1, "--subset", 20])["summary"]["status"], epochs, IS_PASTED
 """
 
 
@@ -3621,7 +3679,8 @@ def notebook(tmp_path_factory):
     del attributes["train_list"][1:]  # 20 images, because the network is large
     small_data = Workplace(folder, attributes).small_data
     data = f"__file__ = 'cell.py'  # as in VS Code\n{small_data}"
-    sources = [data, SCRIPT.read_text(), NEXT_CELL, f"%run {SCRIPT} --help"]
+    sources = [data, SCRIPT.read_text(), NEXT_CELL, f"%run {SCRIPT} --help",
+               f"%run -i {SCRIPT} --help"]
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook = nbformat.v4.new_notebook(cells=cells)
     place = {"metadata": {"path": str(folder)}}
@@ -3666,11 +3725,12 @@ def test_a_notebook_shows_the_figures(notebook):
 
 def test_the_next_cell_of_a_notebook_runs_other_options_and_keeps_its_names(notebook):
     result = notebook[2].outputs[-1].data["text/plain"]
-    assert result == "('complete', 10)"
+    assert result == "('complete', 10, True)"
 
 
-def test_a_notebook_can_run_the_script_as_a_file(notebook):
-    assert printed_text(notebook[3]).startswith("usage: train.py")
+@pytest.mark.parametrize("cell", [3, 4], ids=["%run", "%run -i"])
+def test_a_notebook_can_run_the_script_as_a_file(notebook, cell):
+    assert printed_text(notebook[cell]).startswith("usage: train.py")
 
 
 def test_in_a_terminals_ipython_the_script_takes_its_arguments():

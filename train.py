@@ -216,7 +216,7 @@ class UncertainRates(UserWarning):
 
 # ---- Data: the whole data set on the device -------------------------------------------
 
-# Code that was pasted into a notebook has no __file__ and looks in the notebook's folder.
+# Code that was pasted into a notebook may have no __file__. It looks in the notebook's folder.
 SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
 SAMPLE = SCRIPT.parent / "data" / "sample.npz"
 SAMPLE_IMAGES = 2000  # for training, and 400 for tests
@@ -729,6 +729,7 @@ class Run:
       images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
       that each seed has its own weights. A network is used as it is: a second run starts
       with the weights that the first one left. It is not whitened, even if it is a ResNet.
+      A buffer that it makes only in training has to be `persistent=False`.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -740,10 +741,11 @@ class Run:
       seed decides.
     - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
 
-    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. In the graph, second
-    derivatives do not work, nor do hooks of layers or weights. Each step overwrites the
-    gradients of the one before; to keep one, clone it. `start_run(..., cuda_graph=False)`
-    turns the graph off.
+    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. The Python code of the
+    network's `forward` runs only when the graph is captured, so its branches and numbers stay
+    as they were then. In the graph, second derivatives do not work, nor do hooks of layers or
+    weights. Each step overwrites the gradients of the one before; to keep one, clone it.
+    `start_run(..., cuda_graph=False)` turns the graph off.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
@@ -858,7 +860,8 @@ class Run:
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
-        Raise ValueError inside an epoch, because the run could not go on from there.
+        Buffers that a loss or `augment` has are not part of it. Raise ValueError inside an
+        epoch, because the run could not go on from there.
         """
         self.check_between_epochs()
         return copy.deepcopy({
@@ -876,15 +879,18 @@ class Run:
     def check_between_epochs(self):
         """Raise ValueError if an epoch was begun and did not end."""
         if self.mid_epoch:
-            raise ValueError("an epoch of this run was interrupted, or its loss was NaN or "
-                             "infinite. Load a state() from before that epoch, or begin again "
-                             "with start_run")
+            raise ValueError("an epoch of this run goes on, or it was interrupted, or its loss "
+                             "was NaN or infinite. Load a state() from before that epoch, or "
+                             "begin again with start_run")
 
     def load_state(self, state):
-        """Go back to a `state()`. Raise ValueError if it is of a run with other settings."""
+        """Go back to a `state()`. Raise ValueError if it is of another run or network."""
         differences = differing_settings(state["settings"], self.settings())
         if differences:
             raise ValueError(f"this state is of another run: {differences}")
+        if tensor_shapes(state["model"]) != tensor_shapes(self.model.state_dict()):
+            raise ValueError("this state is of another network: its weights or buffers have "
+                             "other names or shapes")
         # The optimizer first: it refuses other groups before anything has changed. It gets a
         # copy, because it goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -914,6 +920,12 @@ def differing_settings(saved, current):
         if before != now:
             differences.append(f"{name} {before}, not {now}")
     return "; ".join(differences)
+
+
+def tensor_shapes(state_dict):
+    """Return a dictionary: the shape of each tensor of a `state_dict`."""
+    return {name: values.shape for name, values in state_dict.items()
+            if isinstance(values, torch.Tensor)}
 
 
 def random_state(device):
@@ -956,8 +968,8 @@ def choose_device(device="auto"):
 def choose_precision(device, precision="auto"):
     """Return "fp32", "bf16" or "fp16", or raise ValueError for another name.
 
-    "auto" is bf16 if the device has instructions for it, else fp16 on NVIDIA GPUs and
-    fp32 elsewhere. A device without such instructions emulates them, which is slow.
+    "auto" is bf16 on an NVIDIA GPU or an x86 CPU that has instructions for it, fp16 on other
+    NVIDIA GPUs, and fp32 elsewhere. Without such instructions, bf16 is slow.
     """
     check_value("precision", precision, ["auto", *DTYPES])
     # On Apple GPUs, Adam would also take steps whose gradients have overflowed.
@@ -1117,8 +1129,8 @@ def capture_graph(run):
 def begin_training(run):
     """Prepare a run for steps, in the sweep or in the training.
 
-    Afterwards, the caller sets `run.graph` to None, which frees its memory. Raise ValueError
-    if the run is not ready.
+    Afterwards, the caller sets `run.graph` to None, so that Python's next garbage collection
+    frees its memory. Raise ValueError if the run is not ready.
     """
     run.check_between_epochs()
     check_parameters(run)
@@ -1240,7 +1252,7 @@ def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     has `end` (L. Smith, arXiv:1803.09820, section 4).
     """
     last_step = total_steps - 1
-    peak_step = peak_fraction * total_steps - 1  # below 0 in a very short run without a rise
+    peak_step = peak_fraction * total_steps - 1  # at most 0 if there is no rise
     if step < peak_step:
         return start + (peak - start) * (step / peak_step)
     return end + (peak - end) * ((last_step - step) / (last_step - peak_step))
@@ -1277,9 +1289,10 @@ def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
     Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX is
-    uncertain, their `note` says why, and so does an UncertainRates warning. Afterwards the
-    run is as before. `on_step(step, steps, learning rate, loss)` is called after each step. Raise
-    UserError if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
+    uncertain, their `note` says why, and so does an UncertainRates warning. Afterwards, the
+    `state()` of the run is as before. `on_step(step, steps, learning rate, loss)` is called
+    after each step. Raise UserError if the loss never falls.
+    (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     epoch_steps = run.steps_per_epoch
     # About 200 steps, but at least one epoch and at most two, and never fewer than 120. 120
@@ -1290,6 +1303,7 @@ def find_rates(run, on_step=None):
     half_decade = round(steps_per_decade / 2)
     before = run.state()
     begin_training(run)
+    run.mid_epoch = True  # until `load_state`: training cannot go on from inside the sweep
     try:
         # Weight decay depends on LRMAX, which is not known yet. The L2 term does not.
         set_weight_decay(run.optimizer, run.recipe.l2)
@@ -1455,8 +1469,13 @@ def predict_logits(run, images, tta=False):
     run.averaged.eval()
     height, width = images.shape[2:]
     batch_size = max(1, EVALUATED_PIXELS // (height * width))
-    with run.autocast():
-        return torch.cat([run.averaged(batch).float() for batch in images.split(batch_size)])
+    logits = []
+    for batch in images.split(batch_size):
+        with run.autocast():
+            output = run.averaged(batch)
+        run.check_logits(output)
+        logits.append(output.float())
+    return torch.cat(logits)
 
 
 def evaluate_run(run, tta=False):
@@ -1485,8 +1504,9 @@ def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
     This is a generator: loop over it. It continues after the last epoch that was completed.
-    `on_step(step, steps, learning rate, loss)` is called after each step; reading the loss,
-    a tensor, makes a GPU wait. Raise Diverged if a loss is NaN or infinite.
+    `on_step(step, steps, learning rate, loss)` is called after each step, with the step of
+    the epoch, from 1, and the number of its steps. Reading the loss, a tensor, makes a GPU
+    wait. Raise Diverged if a loss is NaN or infinite.
     """
     rates = check_rates(rates)
     if run.epoch >= run.recipe.epochs:
@@ -1495,9 +1515,10 @@ def train_epochs(run, rates, on_step=None):
     started = time.perf_counter()  # what `begin_training` does counts for the first epoch
     begin_training(run)
     decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    set_weight_decay(run.optimizer, decay)
     try:
         while run.epoch < run.recipe.epochs:
+            # For each epoch anew: the caller may have loaded a state, which has its own decay.
+            set_weight_decay(run.optimizer, decay)
             run.mid_epoch = True
             row = train_epoch(run, rates, on_step)
             copy_other_buffers(run)
@@ -1555,6 +1576,12 @@ def train_epoch(run, rates, on_step=None):
 TRAIN_IMAGES = 50_000  # in CIFAR-10
 GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 
+IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
+# This code was pasted into a cell. `%run -i train.py` has get_ipython, too, but there
+# sys.argv names this file.
+IS_PASTED = (IN_NOTEBOOK and "get_ipython" in globals()
+             and globals().get("__file__") != sys.argv[0])
+
 # ---- Command line ---------------------------------------------------------------------
 
 def shown_default(name):
@@ -1591,7 +1618,8 @@ def make_parser():
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
         help="auto: the fastest")
     add("--precision", choices=["auto", *DTYPES], default="auto",
-        help="auto: bf16 if the device is fast at it, else fp16 on NVIDIA GPUs, else fp32")
+        help="auto: bf16 on NVIDIA GPUs and x86 CPUs that are fast at it, fp16 on other "
+             "NVIDIA GPUs, else fp32")
     add("--checkpoint", type=path, metavar="FILE",
         help="save the run here after each epoch; if the file is there, continue from it")
     add("--weights", type=path, metavar="FILE", help="save the trained weights here")
@@ -1607,7 +1635,7 @@ def add_recipe_options(parser):
     """Add an option for each field of Recipe."""
     names = " / ".join(RECIPES)
     group = parser.add_argument_group(
-        "recipe", f"constants of the recipe; defaults of {names} if they differ")
+        "recipe", f"constants; where recipes differ, their defaults are in the order {names}")
     metavars = {int: "N", float: "X"}
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
@@ -1682,11 +1710,11 @@ def take_recipe(options):
 
 
 def split_ending(path):
-    """Return a file name without .json or .pt, and this ending, which may be "".
+    """Return a file name without .json, .pt or .pth, and this ending, which may be "".
 
     Other dots belong to the name: lr0.03.
     """
-    for ending in (".json", ".pt"):
+    for ending in (".json", ".pt", ".pth"):
         if path.endswith(ending):
             return path.removesuffix(ending), ending
     return path, ""
@@ -1803,7 +1831,13 @@ def load_weights(path, device="cpu"):
 
 
 def script_commit():
-    """Return the git commit that last changed this file, with a + if it has changed since."""
+    """Return the git commit that last changed this file, with a + if it has changed since.
+
+    Return None if git does not know the file, or if the code was pasted into a notebook.
+    """
+    if IS_PASTED:
+        return None
+
     def ask_git(*arguments):
         command = ["git", *arguments, "--", SCRIPT.name]
         return subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True,
@@ -1936,10 +1970,10 @@ class Recorder:
                             f"({type(error).__name__}).\nIf you changed the code since, undo "
                             "that, or choose another --checkpoint.") from None
         if differences:
-            raise UserError(f"{path} is of another run: {differences}.\nGive the options of "
-                            "that run. On another machine, also give --device and "
-                            "--precision.\nIf you changed the code since, undo that.\nOr "
-                            "choose another --checkpoint.")
+            raise UserError(f"{path} is of another run: {differences}.\nFor a new run, choose "
+                            "another --checkpoint.\nTo continue that run, give its options. "
+                            "On another machine, also give --device and --precision.\nIf you "
+                            "changed the code since, undo that.")
         self.continue_report(saved["report"])
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
@@ -2006,9 +2040,6 @@ def save_all_or_warn(*saves):
 
 
 # ---- Screen ---------------------------------------------------------------------------
-
-IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
-
 
 def show_status(text):
     """Show `text` in place of the last line of a terminal or of a notebook's output."""
@@ -2084,8 +2115,9 @@ def print_rates(report):
     if recipe["epochs"]:
         peak_epoch = recipe["peak_fraction"] * recipe["epochs"]
         peak = f" at epoch {peak_epoch:.3g} of {recipe['epochs']}"
+    decay = "L2 term" if recipe["l2"] else "weight decay"
     print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
-          f"weight decay {rates['weight_decay']:.3g}")
+          f"{decay} {rates['weight_decay']:.3g}")
     if rates.get("note"):
         lines = rates["note"].replace(". ", ".\n         ")
         print(f"note     {lines}")
@@ -2323,7 +2355,8 @@ def choose_rates(run, options):
         rates = rates._replace(lr_min=options.lr_min)
     if rates.lr_min > rates.lr_max:
         raise UserError(f"--lr-min {rates.lr_min:.3g} is above LRMAX {rates.lr_max:.3g}, "
-                        "which the sweep found.\nGive a lower --lr-min, or none.")
+                        "which the sweep found.\nGive a lower --lr-min, or none. "
+                        f"--lr-max {rates.lr_max:.3g} skips the sweep.")
     return rates
 
 
@@ -2418,12 +2451,12 @@ def finish_run(recorder, classes):
     if options.weights is not None:
         saves.append(lambda: save_weights(options.weights, recorder.run, classes))
     failures = save_all(*saves)
-    if failures:
-        raise UserError("\n".join(str(failure) for failure in failures))
-    if options.weights is not None:
+    if options.weights is not None and not failures:
         print(f"weights  {options.weights}")
     if options.figures:
         try_to_draw(save_figures, recorder.report, recorder.run, classes)
+    if failures:
+        raise UserError("\n".join(str(failure) for failure in failures))
 
 
 def main(argv=()):
@@ -2463,8 +2496,9 @@ def run_process():
 
 
 if __name__ == "__main__":
-    # Code that was pasted into a cell: there, sys.argv is that of the notebook.
-    if IN_NOTEBOOK and "get_ipython" in globals():
-        main()  # for other options, call main(["--epochs", "10"]) in the next cell
+    if IS_PASTED:
+        # There, sys.argv is that of the notebook. For other options, call
+        # main(["--epochs", "10"]) in the next cell.
+        main()
     else:
         run_process()
