@@ -74,7 +74,7 @@ if torch.__version__ < (2, 7):  # a TorchVersion, which compares with tuples
 
 # ---- Recipe: each field becomes an option of the command line -------------------------
 
-MAX_EPOCHS = 100_000  # below SWEEP_EPOCH, see there
+MAX_EPOCHS = 100_000  # the random numbers of later epochs are for the sweep, see SWEEP_EPOCH
 
 
 def recipe_field(default, allowed, help):
@@ -118,7 +118,7 @@ class Recipe:
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for the convolutions, Adam for the rest")
     muon_lr_factor: float = recipe_field(
-        5 / 3, (1e-6, 1e6), "with muon: its learning rate / Adam's")
+        5 / 3, (1e-6, 1e6), "with muon: Muon's learning rate divided by Adam's")
     peak_fraction: float = recipe_field(
         5 / 24, (0.0, 0.99), "part of the run before the peak")
     annihilation: float = recipe_field(
@@ -159,8 +159,8 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             check_value(field.name, value, field.metadata["allowed"])
-            # NumPy's numbers become Python's. The class is frozen, so a plain assignment
-            # would fail.
+            # NumPy's numbers become Python's, and 1 becomes 1.0 where the default is a float.
+            # The class is frozen, so a plain assignment would fail.
             object.__setattr__(self, field.name, type(field.default)(value))
         if self.batch_size == 1:
             raise ValueError("batch_size must be 0 or at least 2, got 1")
@@ -170,7 +170,7 @@ class Recipe:
 
 # "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
 # EMA. "best" has the same epochs as "tuned", and Muon. "plain" is the recipe of a course.
-# Where the course names no value, "plain" mostly has PyTorch's.
+# Where the course names no value, "plain" mostly has PyTorch's default.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=6, optimizer="muon", padding=2, cutout=0, ema_epochs=0.25),
@@ -181,8 +181,8 @@ RECIPES = {
 }
 
 
-def choose_batch_size(recipe, image_count):
-    """Return the recipe. If its batch size is 0, it gets one for `image_count` images.
+def fill_in_batch_size(recipe, image_count):
+    """Return the recipe with a batch size: its own, or if that is 0, one for `image_count`.
 
     Few images get smaller batches. Else an epoch would have few steps and teach little.
     """
@@ -434,9 +434,9 @@ def cut_holes(images, top, left, size):
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
-    in_rows = (rows >= top.view(-1, 1)) & (rows < top.view(-1, 1) + size)
-    in_columns = (columns >= left.view(-1, 1)) & (columns < left.view(-1, 1) + size)
-    hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    in_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)  # (B, H)
+    in_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)  # (B, W)
+    hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
     # masked_fill would lose the channels-last layout.
     return torch.where(hidden, 0, images)
 
@@ -453,8 +453,8 @@ def augment_images(recipe, padded, mirrored, generator):
 
     height = padded.shape[-2] - 2 * recipe.padding
     width = padded.shape[-1] - 2 * recipe.padding
-    corners = 2 * recipe.padding + 1
-    images = crop_images(padded, draw(corners), draw(corners), height, width)
+    offsets = 2 * recipe.padding + 1  # as many choices in each direction
+    images = crop_images(padded, draw(offsets), draw(offsets), height, width)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     hole_top = draw(height - recipe.cutout + 1)
     hole_left = draw(width - recipe.cutout + 1)
@@ -473,9 +473,10 @@ def augmented_batches(run, epoch):
     order = torch.randperm(len(labels), generator=generator, device=device)
     layout = fast_layout(device)
     batch_size = run.recipe.batch_size
-    # Where each batch but the first begins. The last one has the rest, see `count_steps`.
-    starts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
-    for chosen in order.tensor_split(tuple(starts)):
+    # `tensor_split` cuts before each of these positions. The last batch has the rest, which may
+    # be one image more than a batch, see `count_steps`.
+    cuts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
+    for chosen in order.tensor_split(tuple(cuts)):
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
         if run.augment is not None:
             batch = run.augment(batch, generator)
@@ -589,18 +590,19 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    The gradient plus a part of the momentum is seen as a matrix (out, in x height x width).
-    The step subtracts `lr` times the nearest matrix whose singular values are near 1. So the
-    weight moves about equally far in all directions of this matrix. Before that, the weight
-    is scaled to a fixed norm.
-    `momentum`, the fading sum of all gradients, has the shape of `weight` and is updated,
-    too. `dtype` is that of the matrix products.
+    First, `momentum` is updated, too: the fading sum of all gradients, in the shape of
+    `weight`. The gradient plus a part of the momentum is seen as a matrix
+    (out, in x height x width), and replaced by a near matrix whose singular values are near 1.
+    Then the weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the
+    weight moves about equally far in all directions of the matrix. `dtype` is that of the
+    matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     combined = gradient + MUON_MOMENTUM * momentum  # Nesterov's
     update = orthogonalize(combined.flatten(1), dtype)
     # A fixed norm takes the place of weight decay. This scaling does not change the output of
-    # our network, because the BatchNorm that follows divides by the deviation.
+    # our network, because the BatchNorm that follows divides by the deviation. The norm is
+    # sqrt(out), so that one filter has a norm of about 1.
     weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
     weight.add_(update.view_as(weight), alpha=-lr)
 
@@ -615,7 +617,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, weights, adam, lr_factor, dtype=torch.float32):
         """`weights` are those for Muon. `adam` is an Adam with the other parameters.
 
-        `lr_factor` is Muon's learning rate / Adam's.
+        `lr_factor` is Muon's learning rate divided by Adam's.
         """
         self.adam = adam
         self.dtype = dtype
@@ -665,8 +667,10 @@ def make_optimizer(recipe, model, dtype):
     rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
     decayed = [parameter for parameter in rest if parameter.ndim > 1]
     spared = [parameter for parameter in rest if parameter.ndim <= 1]  # biases, BatchNorms
-    # Weight decay spares biases and BatchNorms; the L2 term is for all. "decays" is a key of
-    # our own: `set_weight_decay` sets the decay of these groups when LRMAX is known.
+    # PyTorch's `weight_decay` has two meanings. With `l2`, it is the L2 term, the same for all
+    # parameters. Else it is a weight decay, and 0 here, because LRMAX is not known yet:
+    # `set_weight_decay` sets it in the groups whose "decays", a key of our own, is true. It
+    # spares biases and BatchNorms.
     groups = [{"params": decayed, "decays": True}, {"params": spared, "decays": False}]
     # `train_step` sets the learning rate and the first beta.
     adam = torch.optim.Adam(
@@ -754,8 +758,8 @@ class Run:
     device: str  # "cuda", "mps" or "cpu"
     precision: str  # of convolutions and matrix products; the weights are fp32
     num_classes: int
-    mean: torch.Tensor  # (3,), of the training images, which are normalized with it
-    std: torch.Tensor  # (3,)
+    mean: torch.Tensor  # (C,), of the training images, which are normalized with it
+    std: torch.Tensor  # (C,)
     training: Split  # normalized and padded
     test: Split  # normalized; with --holdout, training images that were set aside
     model: nn.Module  # updated by the optimizer
@@ -769,7 +773,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_free: bool = False  # while a loss is computed, until a forward pass used it
+    graph_is_free: bool = False  # `forward` may use the graph, see `compute_loss`
 
     @property
     def dtype(self):
@@ -800,11 +804,7 @@ class Run:
         return logits.float()
 
     def graph_fits(self, images):
-        """Tell whether the CUDA graph can take these images.
-
-        It serves one forward pass of a step: a second one would overwrite what the backward
-        pass of the first one needs.
-        """
+        """Tell whether there is a CUDA graph that is free and can take these images."""
         if self.graph is None or not self.graph_is_free:
             return False
         # It was captured in training mode, and it computes no gradients of the images.
@@ -815,8 +815,8 @@ class Run:
     def compute_loss(self, images, labels):
         """Return what `loss` returns for a step: the loss and the logits.
 
-        Meanwhile, one forward pass may use the CUDA graph. Later ones, by hooks of the step,
-        may not: they would overwrite what the backward pass needs.
+        The CUDA graph is free for the first forward pass alone. A second one, in the loss or in
+        a hook of the step, would overwrite what the backward pass of the first one needs.
         """
         self.graph_is_free = True
         try:
@@ -1009,7 +1009,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     test = Split(*test)
     check_split("training", training, num_classes)
     check_split("test", test, num_classes)
-    recipe = choose_batch_size(recipe, len(training.labels))
+    recipe = fill_in_batch_size(recipe, len(training.labels))
     is_built_in = model is None
     check_sizes(recipe, training, test, is_built_in)
     device = choose_device(device)
@@ -1037,7 +1037,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
 
 
 def prepare_data(recipe, training, test, device, dtype):
-    """Return mean and deviation (3,) of the training images, and both Splits, prepared."""
+    """Return mean and deviation (C,) of the training images, and both Splits, prepared."""
     lowest = training.images.amin((0, 2, 3))
     highest = training.images.amax((0, 2, 3))
     if (lowest == highest).any():  # normalization would divide by a deviation of 0
@@ -1074,54 +1074,12 @@ def make_model(recipe, model, num_classes, seed):
     """Return `model`, or what it makes if it is a function, or the built-in network."""
     if isinstance(model, nn.Module):
         return model
-    # `fork_rng` restores the caller's random state, here of the CPU alone: the weights are
-    # drawn there, so that they are the same on every device.
+    # The weights are drawn on the CPU, so that they are the same on every device. Afterwards,
+    # `fork_rng` restores the caller's random state there. torch.manual_seed would also seed
+    # the GPUs, whose state is not restored.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return ResNet(recipe, num_classes) if model is None else model()
-
-
-# ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs --------------------
-
-def capture_graph(run):
-    """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
-
-    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
-    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
-    that were frozen when it was captured.
-    """
-    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
-        return None
-    if type(run.model) is not ResNet:
-        return None
-    if not all(parameter.requires_grad for parameter in run.model.parameters()):
-        return None
-    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
-    # other, so Python would free them only later.
-    gc.collect()
-    images, _ = next(augmented_batches(run, 0))
-    before = copy.deepcopy(run.model.state_dict())
-    # The capture has a stream of its own. PyTorch warns of it, also in later steps, but here it
-    # costs nothing.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    searched_before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        # The capture replaces `forward` of the module that it is given. That is this
-        # nn.Sequential, so the model stays as it is.
-        with run.autocast():
-            graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
-                           "try start_run(..., cuda_graph=False)") from error
-    finally:
-        torch.backends.cudnn.benchmark = searched_before
-        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
-    graph.input_shape = images.shape
-    return graph
 
 
 # ---- Before the first step ------------------------------------------------------------
@@ -1205,17 +1163,18 @@ def update_average(run, step):
     `ema_epochs` is 0, they are the latest weights.
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
-    share = 1 / min(step, ema_steps)  # of the newest weights
+    share = 1 / min(step, ema_steps)  # of the newest weights in the average
     # PyTorch's AveragedModel averages all buffers or none. Here, BatchNorm's statistics are
     # averaged, but masks and counts are copied, see `copy_other_buffers`.
     update = get_ema_multi_avg_fn(1 - share)
-    update(averaged_tensors(run.averaged), averaged_tensors(run.model), None)
+    # PyTorch does not use the third argument.
+    update(tensors_to_average(run.averaged), tensors_to_average(run.model), None)
 
 
 RUNNING_STATISTICS = ("running_mean", "running_var")  # names of BatchNorm's buffers
 
 
-def averaged_tensors(module):
+def tensors_to_average(module):
     """Return a module's weights, and the running statistics of its BatchNorms."""
     # Weights that two layers share are listed once here, but twice in state_dict().
     weights = [values for values in module.parameters() if values.is_floating_point()]
@@ -1276,9 +1235,11 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# The smoothed loss is low where it is above its lowest value by at most these parts:
-RISE = 0.03  # of the lowest value. Beyond that, the loss has risen
-FALL_PART = 0.1  # of its fall. Before that, it still falls; beyond that, it has risen
+# The smoothed loss of a sweep falls, then it is low, then it rises. It is low while it is above
+# its lowest value by at most FALL_PART of its fall, and, after the lowest value, also by at most
+# RISE of that value.
+FALL_PART = 0.1
+RISE = 0.03
 # A short training with Adam cannot recover from high rates. These two numbers were fitted to
 # the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1294,27 +1255,28 @@ def find_rates(run, on_step=None):
     after each step. Raise UserError if the loss never falls.
     (L. Smith, arXiv:1506.01186, section 3.3.)
     """
-    epoch_steps = run.steps_per_epoch
+    steps_per_epoch = run.steps_per_epoch
     # About 200 steps, but at least one epoch and at most two, and never fewer than 120. 120
     # steps are 20 for each factor of 10. Fewer would be too coarse, because the loss rises
     # only some steps after the rate became too high.
-    steps = max(epoch_steps, min(200, 2 * epoch_steps), 120)
+    steps = max(steps_per_epoch, min(200, 2 * steps_per_epoch), 120)
+    # A decade is a factor of 10 in the learning rate.
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
-    half_decade = round(steps_per_decade / 2)
+    half_decade_steps = round(steps_per_decade / 2)
     before = run.state()
     begin_training(run)
     run.mid_epoch = True  # until `load_state`: training cannot go on from inside the sweep
     try:
-        # Weight decay depends on LRMAX, which is not known yet. The L2 term does not.
+        # Weight decay depends on LRMAX, which is not known yet, so the sweep has none, also
+        # after a training. The L2 term stays.
         set_weight_decay(run.optimizer, run.recipe.l2)
-        lrs, losses = record_sweep(run, steps, half_decade, on_step)
+        lrs, losses = record_sweep(run, steps, half_decade_steps, on_step)
     finally:
         run.graph = None  # Python's next garbage collection frees its memory
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    adam_steps = 0  # then LRMAX has no limit
-    if is_adam(run.optimizer):
-        adam_steps = run.recipe.epochs * epoch_steps
+    # With 0 steps, LRMAX has no limit.
+    adam_steps = run.recipe.epochs * steps_per_epoch if is_adam(run.optimizer) else 0
     lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
     note = why_uncertain(smoothed)
     if note:
@@ -1323,17 +1285,17 @@ def find_rates(run, on_step=None):
     return Rates(lr_min, lr_max, sweep, note)
 
 
-def record_sweep(run, steps, half_decade, on_step):
+def record_sweep(run, steps, half_decade_steps, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
-    `half_decade` is the number of steps in which the rate grows by the root of 10. The
-    sweep ends at SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends
-    it, too, and is left out.
+    In `half_decade_steps` steps, the rate grows by the root of 10. The sweep ends at
+    SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends it, too, and is
+    left out.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
     losses = []
-    means = []  # of the last `half_decade` losses, at each step
+    means = []  # of the last `half_decade_steps` losses, at each step
     for step, (images, labels) in enumerate(sweep_batches(run)):
         lr = SWEEP_LOWEST * growth ** (step / (steps - 1))
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
@@ -1347,32 +1309,32 @@ def record_sweep(run, steps, half_decade, on_step):
         losses.append(value)
         if on_step:
             on_step(step + 1, max(step + 1, steps), lr, loss)
-        if len(losses) >= half_decade:
-            means.append(statistics.fmean(losses[-half_decade:]))
+        if len(losses) >= half_decade_steps:
+            means.append(statistics.fmean(losses[-half_decade_steps:]))
         steps_beyond = len(losses) - steps
-        if lr >= SWEEP_LIMIT or sweep_is_over(means, steps_beyond, half_decade):
+        if lr >= SWEEP_LIMIT or sweep_is_over(means, steps_beyond, half_decade_steps):
             break
     return lrs, losses
-
-
-def sweep_is_over(means, steps_beyond, half_decade):
-    """Tell whether the loss of a sweep has risen far enough to end it.
-
-    `means` are those of the loss over half a decade of rates, for each step so far.
-    `steps_beyond` counts the steps beyond the planned ones; it is negative before.
-    """
-    if not means:
-        return False
-    has_diverged = means[-1] > 1.5 * min(means)
-    # At the planned end, and after each further factor of 10, a small rise is enough.
-    may_end = steps_beyond >= 0 and steps_beyond % (2 * half_decade) == 0
-    return has_diverged or (may_end and means[-1] > (1 + RISE) * min(means))
 
 
 def sweep_batches(run):
     """Yield augmented batches, epoch after epoch, without an end."""
     for epoch in itertools.count(SWEEP_EPOCH):
         yield from augmented_batches(run, epoch)
+
+
+def sweep_is_over(means, steps_beyond, half_decade_steps):
+    """Tell whether the loss of a sweep has risen far enough to end it.
+
+    `means` has, for each step so far, the mean loss over the last half decade of rates.
+    `steps_beyond` counts the steps beyond the planned ones; it is negative before.
+    """
+    if not means:
+        return False
+    has_diverged = means[-1] > 1.5 * min(means)
+    # At the planned end, and after each further factor of 10, a small rise is enough.
+    may_end = steps_beyond >= 0 and steps_beyond % (2 * half_decade_steps) == 0
+    return has_diverged or (may_end and means[-1] > (1 + RISE) * min(means))
 
 
 def smooth_losses(losses, steps_per_decade):
@@ -1382,30 +1344,6 @@ def smooth_losses(losses, steps_per_decade):
         windows = [losses[max(0, i - reach):i + reach + 1] for i in range(len(losses))]
         losses = [statistics.fmean(window) for window in windows]
     return losses
-
-
-def sweep_edges(smoothed):
-    """Return the first and the last step at which a sweep's smoothed loss is low.
-
-    From the first one on, 90% of its fall is done. After the last one, it is above its lowest
-    value by more than 3% of that value, or by more than 10% of its fall, whichever is less.
-    Raise UserError if it never falls.
-    """
-    lowest = smoothed.index(min(smoothed)) if smoothed else 0
-    if lowest == 0:
-        raise UserError("the sweep found no learning rate at which the loss falls.\n"
-                        "Choose LRMAX yourself: --lr-max 0.05 is a good start for our network "
-                        "and recipe.\nIn a script, that is train.Rates(0.05 / 300, 0.05).")
-    minimum = smoothed[lowest]
-    part_of_fall = FALL_PART * (smoothed[0] - minimum)
-    first = lowest
-    while smoothed[first - 1] <= minimum + part_of_fall:  # ends, as smoothed[0] is higher
-        first -= 1
-    highest_low_loss = minimum + min(RISE * minimum, part_of_fall)
-    last = lowest
-    while last + 1 < len(smoothed) and smoothed[last + 1] <= highest_low_loss:
-        last += 1
-    return first, last
 
 
 def is_adam(optimizer):
@@ -1432,6 +1370,30 @@ def read_sweep(lrs, smoothed, adam_steps):
         limit = middle * adam_steps ** SHORT_TRAINING_POWER / SHORT_TRAINING_DIVISOR
         lr_max = min(lr_max, limit)
     return lr_max / LR_RATIO, lr_max
+
+
+def sweep_edges(smoothed):
+    """Return the first and the last step at which a sweep's smoothed loss is low.
+
+    From the first one on, 90% of its fall is done. Up to the last one, it is above its lowest
+    value by at most 3% of that value, and by at most 10% of its fall. Raise UserError if it
+    never falls.
+    """
+    lowest = smoothed.index(min(smoothed)) if smoothed else 0
+    if lowest == 0:
+        raise UserError("the sweep found no learning rate at which the loss falls.\n"
+                        "Choose LRMAX yourself: --lr-max 0.05 is a good start for our network "
+                        "and recipe.\nIn a script, that is train.Rates(0.05 / 300, 0.05).")
+    minimum = smoothed[lowest]
+    part_of_fall = FALL_PART * (smoothed[0] - minimum)
+    first = lowest
+    while smoothed[first - 1] <= minimum + part_of_fall:  # ends, as smoothed[0] is higher
+        first -= 1
+    highest_low_loss = minimum + min(RISE * minimum, part_of_fall)
+    last = lowest
+    while last + 1 < len(smoothed) and smoothed[last + 1] <= highest_low_loss:
+        last += 1
+    return first, last
 
 
 def why_uncertain(smoothed):
@@ -1561,14 +1523,57 @@ def train_epoch(run, rates, on_step=None):
         correct += correct_in_batch
         if on_step:
             on_step(number, steps, lr, loss)
-    loss_of_batch = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
-    size_of_batch = loss_of_batch.new_tensor(sizes)
+    losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
+    sizes = torch.tensor(sizes, dtype=losses.dtype, device=losses.device)
     image_count = len(run.training.labels)
     return {
         "lr": lr,
-        "train_loss": (loss_of_batch @ size_of_batch / image_count).item(),
+        "train_loss": (losses @ sizes / image_count).item(),
         "train_accuracy": correct.item() / image_count,
     }
+
+
+# ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs --------------------
+
+def capture_graph(run):
+    """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
+
+    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
+    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
+    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
+    that were frozen when it was captured.
+    """
+    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
+        return None
+    if type(run.model) is not ResNet:
+        return None
+    if not all(parameter.requires_grad for parameter in run.model.parameters()):
+        return None
+    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
+    # other, so Python would free them only later.
+    gc.collect()
+    images, _ = next(augmented_batches(run, 0))
+    before = copy.deepcopy(run.model.state_dict())
+    # The capture has a stream of its own. PyTorch warns of it, also in later steps, but here it
+    # costs nothing.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    benchmark_before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        # The capture replaces `forward` of the module that it is given. That is this
+        # nn.Sequential, so the model stays as it is.
+        with run.autocast():
+            graph = torch.cuda.make_graphed_callables(nn.Sequential(run.model), (images,))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
+                           "try start_run(..., cuda_graph=False)") from error
+    finally:
+        torch.backends.cudnn.benchmark = benchmark_before
+        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
+    graph.input_shape = images.shape
+    return graph
 
 
 # ==== THE PROGRAM ======================================================================
