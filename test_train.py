@@ -2444,10 +2444,10 @@ def test_an_interrupted_run_does_not_sweep_again_nor_a_finished_one_train(
 def test_the_sweep_and_the_training_show_their_progress(quick_workplace, monkeypatch):
     parts = []
 
-    def show_progress(run, sweeping=False):
+    def progress_callback(run, sweeping=False):
         return lambda *step: parts.append("sweep" if sweeping else "training")
 
-    monkeypatch.setattr(train, "show_progress", show_progress)
+    monkeypatch.setattr(train, "progress_callback", progress_callback)
     report = quick_workplace.run("--epochs", 1)
     assert parts == ["sweep"] * len(report["lr_sweep"]["lr"]) + ["training"] * 2
 
@@ -3296,7 +3296,7 @@ def test_the_status_line_begins_with_the_time_left(monkeypatch, capsys, sweeping
     print_on_terminal(monkeypatch)
     set_clock(monkeypatch, 0.0, 10.0, 10.5, 14.0)
     run = SimpleNamespace(recipe=Recipe(epochs=3, batch_size=512), epoch=1)
-    on_step = train.show_progress(run, sweeping)
+    on_step = train.progress_callback(run, sweeping)
     for step in (1, 2, 3):
         on_step(step, 10, 0.1, torch.tensor(2.0))
     assert capsys.readouterr().out.endswith(f"\r{line:<79}\r")
@@ -3306,7 +3306,7 @@ def test_the_status_line_appears_at_most_once_a_second(monkeypatch, capsys):
     print_on_terminal(monkeypatch)
     times = [0.0, 0.1, *(0.4 * step for step in range(1, 10))]
     set_clock(monkeypatch, *times)
-    on_step = train.show_progress(SimpleNamespace(recipe=Recipe(epochs=3), epoch=1))
+    on_step = train.progress_callback(SimpleNamespace(recipe=Recipe(epochs=3), epoch=1))
     for step in range(1, 11):
         on_step(step, 10, 0.1, torch.tensor(2.0))
     assert capsys.readouterr().out.count(" left, ") == 3  # at 1.2, 2.4 and 3.6 seconds
@@ -3894,6 +3894,7 @@ def test_the_readme_shows_what_a_run_prints(capsys):
     report["config"]["options"]["output"] = path  # where it is now
     train.print_heading(report)
     train.print_rates(report)
+    train.print_table(report)
     train.print_summary(report)
     printed = capsys.readouterr().out.splitlines()
     first_part, last_part = shown.split("    ...\n")  # the dots stand for rows

@@ -22,9 +22,9 @@ it: command line, files, screen, figures, and `main`. The method in calls:
 The program in calls:
 
     main                         options and data, then for each seed:
-    train_once                   start_run; a Recorder for report and checkpoint
-        train_and_record         find_rates and train_epochs
-        finish_run               result, files, figures
+        train_once               start_run; a Recorder for report and checkpoint
+            train_and_record     find_rates and train_epochs
+            finish_run           result, files, figures
 
 After `import train`, your own experiment can call the method, and `main`, too.
 """
@@ -1582,8 +1582,8 @@ TRAIN_IMAGES = 50_000  # in CIFAR-10
 GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 
 IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
-# This code was pasted into a cell. `%run -i train.py` has get_ipython, too, but there
-# sys.argv names this file.
+# This code was pasted into a cell, so it shares the notebook's names, such as get_ipython. A
+# file under `%run -i` shares them, too, but its sys.argv[0] is its __file__.
 IS_PASTED = (IN_NOTEBOOK and "get_ipython" in globals()
              and globals().get("__file__") != sys.argv[0])
 
@@ -1703,15 +1703,12 @@ def take_recipe(options):
 
     Its constants are deleted from `options`, so that the report has each of them once.
     """
-    recipe = RECIPES[options.recipe]
-    overrides = {}
-    for field in dataclasses.fields(Recipe):
-        if field.name in options:
-            overrides[field.name] = vars(options).pop(field.name)
-    if overrides.get("batch_size"):
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    constants = {name: vars(options).pop(name) for name in names if name in options}
+    if constants.get("batch_size"):  # 0 leaves the choice to `fill_in_batch_size`
         image_count = options.subset - options.holdout
-        check_value("batch_size", overrides["batch_size"], (2, image_count))
-    return dataclasses.replace(recipe, **overrides)
+        check_value("batch_size", constants["batch_size"], (2, image_count))
+    return dataclasses.replace(RECIPES[options.recipe], **constants)
 
 
 def split_ending(path):
@@ -1764,12 +1761,12 @@ def options_of_seed(options, seed):
 
 @contextlib.contextmanager
 def temporary_file(path):
-    """Yield where to write a temporary file, and the real path of `path`, on the same disk.
+    """Yield two paths on the same disk: of a temporary file, and of the file to be written.
 
-    At the end, the temporary file is deleted if it is still there. An OSError becomes a
-    UserError.
+    At the end, the temporary file is deleted if it is still there. An OSError, also one in the
+    `with` block, becomes a UserError.
     """
-    target = Path(path).resolve()  # symbolic links are kept
+    target = Path(path).resolve()  # of a symbolic link, the file that it points to
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is not a regular file")
@@ -1812,7 +1809,7 @@ def save_weights(path, run, classes):
     recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
         "recipe": dataclasses.asdict(recipe),
-        "classes": [str(name) for name in classes],  # NumPy's would not be loaded again
+        "classes": [str(name) for name in classes],  # load_weights would refuse NumPy's strings
         "weights": run.averaged.state_dict(),
         "mean": run.mean,
         "std": run.std,
@@ -1859,14 +1856,18 @@ def script_commit():
 
 
 def peak_memory(device):
-    """Return the most bytes used so far: of an NVIDIA GPU, else of the process."""
+    """Return the most bytes that the process used so far, of an NVIDIA GPU or of the memory.
+
+    Return None on Windows without an NVIDIA GPU.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
-    with contextlib.suppress(ImportError):  # on Windows
+    try:
         import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    return None
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 def describe_environment(run):
@@ -1874,7 +1875,8 @@ def describe_environment(run):
     if run.device == "cuda":
         device_name = torch.cuda.get_device_name()
     else:
-        device_name = cpu_capabilities().get("cpu_name") or platform.processor()
+        device_name = (cpu_capabilities().get("cpu_name") or platform.processor()
+                       or platform.machine())
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": script_commit(),
@@ -1885,7 +1887,7 @@ def describe_environment(run):
         "numpy": np.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "device": run.device,
-        "device_name": device_name or platform.machine(),
+        "device_name": device_name,
         "precision": run.precision,
         "threads": torch.get_num_threads(),
     }
@@ -1948,39 +1950,48 @@ def summarize_epochs(rows):
 class Recorder:
     """The report of a run, and the files that are written while it trains."""
 
-    def __init__(self, run, options, started):
+    def __init__(self, run, classes, options, started):
         """`started` is when the run began, by `time.perf_counter`."""
         self.run = run
+        self.classes = classes  # their names
         self.options = options
         self.started = started
         self.report = new_report(run, options)
-        self.summary = self.report["summary"]
+
+    @property
+    def summary(self):
+        return self.report["summary"]
 
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
-        # If the disk fails, the file may be undamaged. So this error is raised as it is.
+        # This is outside of `try`: if the disk fails, the file may be undamaged.
         content = io.BytesIO(Path(path).read_bytes())
         try:
             saved = torch.load(content, map_location=self.run.device, weights_only=True)
-            differences = differing_settings(
-                all_settings(saved["run"]["settings"], saved["report"]),
-                all_settings(self.run.settings(), self.report))
-            if not differences:
-                self.run.load_state(saved["run"])
+            self.check_settings(saved)
+            self.run.load_state(saved["run"])
+        except UserError:  # of `check_settings`
+            raise
         except Exception as error:  # a damaged file raises errors of many types
             if is_out_of_memory(error):
                 raise
             raise UserError(f"{path} is not a readable checkpoint of this code "
                             f"({type(error).__name__}).\nIf you changed the code since, undo "
                             "that, or choose another --checkpoint.") from None
-        if differences:
-            raise UserError(f"{path} is of another run: {differences}.\nFor a new run, choose "
-                            "another --checkpoint.\nTo continue that run, give its options. "
-                            "On another machine, also give --device and --precision.\nIf you "
-                            "changed the code since, undo that.")
         self.continue_report(saved["report"])
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
+
+    def check_settings(self, saved):
+        """Raise UserError if a checkpoint is of another run than this one."""
+        differences = differing_settings(
+            with_options(saved["run"]["settings"], saved["report"]),
+            with_options(self.run.settings(), self.report))
+        if differences:
+            raise UserError(f"{self.options.checkpoint} is of another run: {differences}.\n"
+                            "For a new run, choose another --checkpoint.\nTo continue that "
+                            "run, give its options. On another machine, also give --device "
+                            "and --precision.\nIf you changed the code since, undo that.")
 
     def continue_report(self, saved):
         """Go on with the report of a checkpoint.
@@ -1988,16 +1999,18 @@ class Recorder:
         The report's environment stays that of the first process.
         """
         current_environment = self.report["environment"]
-        for section in ("environment", "continued_in", "rates", "lr_sweep", "epochs"):
+        for section in ("environment", "continued_in", "rates", "lr_sweep", "epochs", "summary"):
             self.report[section] = saved[section]
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
-        self.summary.update(saved["summary"])
         # The seconds of earlier processes count, too, as if this one had begun earlier.
         self.started -= self.summary["total_seconds"]
 
-    def set_status(self, status):
-        """Set the status, and bring the summary up to date. A complete run keeps its own."""
+    def update_summary(self, status):
+        """Bring the summary up to date.
+
+        A complete run that is started once more keeps the summary of its checkpoint.
+        """
         if self.summary.get("status") == "complete":
             return
         self.summary.update(summarize_epochs(self.report["epochs"]))
@@ -2014,17 +2027,22 @@ class Recorder:
             content = {"run": self.run.state(), "report": self.report}
             write_file(self.options.checkpoint, lambda file: torch.save(content, file))
 
+    def save_trained_weights(self):
+        if self.options.weights is not None:
+            save_weights(self.options.weights, self.run, self.classes)
+            print(f"weights  {self.options.weights}")
+
     def save_progress(self):
         """Save report and checkpoint of a run that goes on."""
-        self.set_status("running")
+        self.update_summary("running")
         save_all_or_warn(self.save_report, self.save_checkpoint)
 
 
-def all_settings(settings_of_run, report):
-    """Return what a checkpoint and the run that continues it must have in common."""
+def with_options(settings, report):
+    """Return the settings of a run, with the options that must stay the same, too."""
     options = report["config"]["options"]
-    given = {name: options[name] for name in ("holdout", "lr_max", "lr_min")}
-    return {**settings_of_run, **given}
+    return {**settings, "holdout": options["holdout"], "lr_max": options["lr_max"],
+            "lr_min": options["lr_min"]}
 
 
 def save_all(*saves):
@@ -2047,7 +2065,10 @@ def save_all_or_warn(*saves):
 # ---- Screen ---------------------------------------------------------------------------
 
 def show_status(text):
-    """Show `text` in place of the last line of a terminal or of a notebook's output."""
+    """Show `text` in place of the last line of a terminal or of a notebook's output.
+
+    An empty text clears the line.
+    """
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
         # A longer text would start a new line. In Python 3.10, a terminal may have 0 columns.
@@ -2055,10 +2076,10 @@ def show_status(text):
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
-def show_progress(run, sweeping=False):
+def progress_callback(run, sweeping=False):
     """Return an `on_step` that shows time left, step, loss and speed, at most once a second."""
-    started = time.perf_counter()
-    shown = started
+    shown = time.perf_counter()
+    started = None  # set in the first step
 
     def on_step(step, steps, lr, loss):
         nonlocal started, shown
@@ -2086,11 +2107,13 @@ def print_heading(report):
     environments = [report["environment"], *report.get("continued_in", [])]
     environment = environments[-1]  # of the last process that trained
     constants = report["config"]["recipe"]
-    changes = [options["recipe"]]
+    recipe = RECIPES[options["recipe"]]
+    changes = []
     for name, value in constants.items():
-        if name != "batch_size" and value != getattr(RECIPES[options["recipe"]], name):
+        # The line "data" has the batch size.
+        if name != "batch_size" and value != getattr(recipe, name):
             changes.append(f"{name} {value}")
-    print(f"recipe   {', '.join(changes)}\n"
+    print(f"recipe   {', '.join([options['recipe'], *changes])}\n"
           f"network  {report['parameters']:,} parameters, seed {options['seed']}\n"
           f"device   {environment['device']} ({environment['device_name']}), "
           f"{environment['precision']}, PyTorch {environment['torch']}\n"
@@ -2098,6 +2121,25 @@ def print_heading(report):
           f"{constants['batch_size']}, "
           f"{data['test_images']:,} {data['evaluated_on']}\n"
           f"report   {options['output']}")
+
+
+def print_rates(report):
+    """Print the learning rates, and how long the sweep was, if there was one."""
+    constants = report["config"]["recipe"]
+    rates = report["rates"]
+    if report["lr_sweep"]:
+        print(f"sweep    {len(report['lr_sweep']['lr'])} steps in "
+              f"{report['summary']['sweep_seconds']:.1f} s")
+    peak = ""
+    if constants["epochs"]:
+        peak_epoch = constants["peak_fraction"] * constants["epochs"]
+        peak = f" at epoch {peak_epoch:.3g} of {constants['epochs']}"
+    decay = "L2 term" if constants["l2"] else "weight decay"
+    print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
+          f"{decay} {rates['weight_decay']:.3g}")
+    if rates.get("note"):  # reports of older code have no "note"
+        lines = rates["note"].replace(". ", ".\n         ")
+        print(f"note     {lines}")
 
 
 TABLE_HEADING = """\
@@ -2108,32 +2150,16 @@ TABLE_ROW = ("{epoch:5}{lr:10.2g}{train_loss:10.4g}{train_accuracy:10.2%}"
              "{images_per_second:8,.0f}{elapsed_seconds:9.1f}")
 
 
-def print_rates(report):
-    """Print the learning rates, the table's heading, and the epochs trained so far."""
-    recipe = report["config"]["recipe"]
-    rates = report["rates"]
-    show_status("")
-    if report["lr_sweep"]:
-        print(f"sweep    {len(report['lr_sweep']['lr'])} steps in "
-              f"{report['summary']['sweep_seconds']:.1f} s")
-    peak = ""
-    if recipe["epochs"]:
-        peak_epoch = recipe["peak_fraction"] * recipe["epochs"]
-        peak = f" at epoch {peak_epoch:.3g} of {recipe['epochs']}"
-    decay = "L2 term" if recipe["l2"] else "weight decay"
-    print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
-          f"{decay} {rates['weight_decay']:.3g}")
-    if rates.get("note"):
-        lines = rates["note"].replace(". ", ".\n         ")
-        print(f"note     {lines}")
-    if recipe["epochs"]:
+def print_table(report):
+    """Print the table's heading, and a row for each epoch trained so far."""
+    if report["config"]["recipe"]["epochs"]:
         print(TABLE_HEADING)
     for row in report["epochs"]:
         print(TABLE_ROW.format(**row))
 
 
 def print_summary(report):
-    """Print how a run that trained ended."""
+    """Print the result of a run: accuracies, times, and when it reached the goals."""
     summary = report["summary"]
     print(f"final    {summary['final_test_accuracy']:.2%} of the "
           f"{report['data']['evaluated_on']}, "
@@ -2206,7 +2232,7 @@ def plot_curves(figure, report):
                              ("test", data["evaluated_on"])):
             curve = [row[f"{split}_{kind}"] for row in rows]
             axes.plot(epochs, curve, marker=".", label=label)
-    if rows[-1]["test_accuracy"] > min(GOALS):  # else the line would be far above the curves
+    if rows[-1]["test_accuracy"] > min(GOALS):  # else 94% would be far above the curves
         goal = max(GOALS)
         accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -2290,7 +2316,7 @@ def save_figure(report, name, size, plot, *content):
     from matplotlib.figure import Figure
     figure = Figure(size, dpi=120, layout="constrained")
     plot(figure, *content)
-    if not figure.axes:  # there is nothing to show
+    if not figure.axes:  # no image is misclassified
         return
     stem, _ = split_ending(report["config"]["options"]["output"])
     path = f"{stem}-{name}.png"
@@ -2355,7 +2381,8 @@ def choose_rates(run, options):
         print("sweep    finds the learning rates")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UncertainRates)  # `print_rates` shows the note
-            rates = find_rates(run, show_progress(run, sweeping=True))
+            rates = find_rates(run, progress_callback(run, sweeping=True))
+        show_status("")
     if options.lr_min:
         rates = rates._replace(lr_min=options.lr_min)
     if rates.lr_min > rates.lr_max:
@@ -2374,13 +2401,13 @@ def train_once(recipe, options, data):
     training, test, classes = data
     run = start_run(recipe, training, test, options.seed, options.device,
                     options.precision)
-    recorder = Recorder(run, options, started)
+    recorder = Recorder(run, classes, options, started)
     if options.checkpoint is not None and Path(options.checkpoint).is_file():
         recorder.resume()
     for path in (options.checkpoint, options.weights):
         if path is not None:
-            check_writable(path)  # before the training, which takes long
-    recorder.set_status("running")
+            check_writable(path)  # now, before the training. The report is written below
+    recorder.update_summary("running")
     recorder.save_report()
     print_heading(recorder.report)
     try:
@@ -2388,33 +2415,48 @@ def train_once(recipe, options, data):
     except BaseException as error:
         record_failure(recorder, error)
         raise
-    finish_run(recorder, classes)
+    finish_run(recorder)
     return recorder.report
 
 
 def train_and_record(recorder):
-    """Find the learning rates, train to the end, and keep report and checkpoint current."""
+    """Find the learning rates, train to the end, and keep report and checkpoint current.
+
+    A continued run skips what its checkpoint has.
+    """
     run = recorder.run
     report = recorder.report
-    if report["rates"] is None:  # else the checkpoint had them
-        sweep_started = time.perf_counter()
-        rates = choose_rates(run, recorder.options)
-        recorder.summary["sweep_seconds"] = time.perf_counter() - sweep_started
-        report["rates"] = describe_rates(run, rates, recorder.options)
-        report["lr_sweep"] = rates.sweep
-        recorder.save_progress()
-    rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+    if report["rates"] is None:
+        record_rates(recorder)
     print_rates(report)
+    print_table(report)
     if run.epoch < run.recipe.epochs:
-        for row in train_epochs(run, rates, show_progress(run)):
+        rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
+        for row in train_epochs(run, rates, progress_callback(run)):
             report["epochs"].append(row)
             show_status("")
             print(TABLE_ROW.format(**row))
             recorder.save_progress()
     if report["epochs"] and recorder.summary["tta_test_accuracy"] is None:
-        recorder.summary["final_test_accuracy"] = report["epochs"][-1]["test_accuracy"]
-        with_tta = evaluate_run(run, tta=True)
-        recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
+        record_final_accuracy(recorder)
+
+
+def record_rates(recorder):
+    """Choose the learning rates, and save them."""
+    started = time.perf_counter()
+    rates = choose_rates(recorder.run, recorder.options)
+    recorder.summary["sweep_seconds"] = time.perf_counter() - started
+    recorder.report["rates"] = describe_rates(recorder.run, rates, recorder.options)
+    recorder.report["lr_sweep"] = rates.sweep
+    recorder.save_progress()
+
+
+def record_final_accuracy(recorder):
+    """Put the accuracy after the last epoch into the summary, without and with flip TTA."""
+    last_row = recorder.report["epochs"][-1]
+    with_tta = evaluate_run(recorder.run, tta=True)
+    recorder.summary["final_test_accuracy"] = last_row["test_accuracy"]
+    recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
 
 
 def record_failure(recorder, error):
@@ -2427,7 +2469,7 @@ def record_failure(recorder, error):
     else:
         status = "failed"
     show_status("")
-    recorder.set_status(status)
+    recorder.update_summary(status)
     save_all_or_warn(recorder.save_report)
     if was_stopped:
         print_interruption(recorder.options)
@@ -2436,7 +2478,7 @@ def record_failure(recorder, error):
 
 
 def print_interruption(options):
-    """Print what is left of a run that was interrupted, and how it can be continued."""
+    """Print where the epochs of an interrupted run are, and how it can be continued."""
     print(f"stopped  {options.output} has the epochs that were completed")
     if options.checkpoint is None:
         print("         to be able to continue a run, start it with --checkpoint FILE")
@@ -2446,20 +2488,15 @@ def print_interruption(options):
         print("         the same command begins anew, because no checkpoint was saved yet")
 
 
-def finish_run(recorder, classes):
+def finish_run(recorder):
     """Print the result, then write all files. Raise UserError if one cannot be written."""
-    options = recorder.options
-    recorder.set_status("complete")
+    recorder.update_summary("complete")
     if recorder.report["epochs"]:
         print_summary(recorder.report)
-    saves = [recorder.save_report, recorder.save_checkpoint]
-    if options.weights is not None:
-        saves.append(lambda: save_weights(options.weights, recorder.run, classes))
-    failures = save_all(*saves)
-    if options.weights is not None and not failures:
-        print(f"weights  {options.weights}")
-    if options.figures:
-        try_to_draw(save_figures, recorder.report, recorder.run, classes)
+    failures = save_all(recorder.save_report, recorder.save_checkpoint,
+                        recorder.save_trained_weights)
+    if recorder.options.figures:
+        try_to_draw(save_figures, recorder.report, recorder.run, recorder.classes)
     if failures:
         raise UserError("\n".join(str(failure) for failure in failures))
 
@@ -2486,6 +2523,7 @@ def run_process():
     if not IN_NOTEBOOK:  # there, %run starts the script in the notebook's own process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if hasattr(sys.stdout, "reconfigure"):
+            # The screen may lack letters of a file's name. A log file gets each line at once.
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(sys.argv[1:])

@@ -3,9 +3,9 @@
     python results/best_tuning.py NAME ...     train these runs; without NAME, all of them
 
 Half the channels make a quarter of the parameters. A quarter of the training images, in
-batches of 128 instead of 512, makes as many steps as the whole data set. Such a run takes a
-tenth of the computing time. It is evaluated on the last 15,000 training images, on the CPU,
-and keeps two moving averages (EMA) of its weights.
+batches of 128 instead of 512, makes as many steps as the whole data set. (Four runs have
+batches of 64 or 256.) Such a run takes a tenth of the computing time. It is evaluated on the
+last 15,000 training images, on the CPU, and keeps two moving averages (EMA) of its weights.
 """
 
 import copy
@@ -123,7 +123,7 @@ def start(values, training, held_out, seed):
     return run
 
 
-def with_average(run, ema_epochs, test):
+def run_with_average(run, ema_epochs, test):
     """Return a run with the model of `run`, but its own moving average and test images."""
     recipe = dataclasses.replace(run.recipe, ema_epochs=ema_epochs)
     return dataclasses.replace(
@@ -143,22 +143,21 @@ def evaluate_average(run):
 
 
 def train_run(values, training, held_out, seed):
-    """Train with the values of a run. Return its record."""
+    """Train with the values of a run. Return what it measured."""
     run = start(values, training, held_out, seed)
-    environment = train.describe_environment(run)  # before the training, for the commit
+    # Now, because train.py may be edited during the training.
+    environment = train.describe_environment(run)
     test = train.prepare_images(held_out, run.mean, run.std, run.device, run.dtype)
-    averages = [with_average(run, ema_epochs, test) for ema_epochs in EMA_EPOCHS]
+    runs_with_averages = [run_with_average(run, ema_epochs, test) for ema_epochs in EMA_EPOCHS]
 
     def update_averages(step, steps, lr, loss):
-        for average in averages:
-            train.update_average(average, run.epoch * steps + step)
+        for each in runs_with_averages:
+            train.update_average(each, run.epoch * steps + step)
 
     rates = train.Rates(LR_MAX / train.LR_RATIO, LR_MAX)
     rows = list(train.train_epochs(run, rates, update_averages))
     return {
-        "values": values,
-        "seed": seed,
-        "averages": [evaluate_average(average) for average in averages],
+        "averages": [evaluate_average(each) for each in runs_with_averages],
         "train_accuracies": [row["train_accuracy"] for row in rows],
         "accuracies_of_1000": [row["test_accuracy"] for row in rows],
         "train_seconds": run.seconds,

@@ -95,7 +95,11 @@ def rmsprop(parameters):
 
 @dataclasses.dataclass
 class Case:
-    """What is trained."""
+    """What is trained.
+
+    The record of a case does not hold this. So measure the case anew after a change here or in
+    a recipe that it has.
+    """
     rate: float  # RATIOS times this are the learning rates
     images: int = 2_000
     batch_size: int = 62
@@ -166,19 +170,19 @@ def start(case, training, held_out, seed):
     return run
 
 
-def record_sweep(run):
-    """Return the learning rates and losses of a sweep."""
+def run_sweep(run):
+    """Sweep with a run. Return its seed, and the learning rates and losses of the steps."""
     lrs = []
     losses = []
 
-    def record(step, steps, lr, loss):
+    def note_step(step, steps, lr, loss):
         lrs.append(lr)
         losses.append(loss.item())
 
     # train.py may find no rate, or warn. The sweep is recorded all the same.
     with contextlib.suppress(train.UserError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train.find_rates(run, record)
+        train.find_rates(run, note_step)
     return {"seed": run.seed, "lr": lrs, "loss": losses}
 
 
@@ -215,7 +219,7 @@ def measure(name, data_dir, with_training=True):
     record["sweeps"] = []
     for seed in SWEEP_SEEDS:
         run = start(case, training, held_out, seed)
-        record["sweeps"].append(record_sweep(run))
+        record["sweeps"].append(run_sweep(run))
     record["environment_of_sweeps"] = train.describe_environment(run)
     if with_training:
         record["environment"] = record["environment_of_sweeps"]
@@ -254,8 +258,8 @@ def picked_rates(name, rule):
 def regret(name, rule):
     """Return how many points of accuracy a rule loses against the best rate of the case.
 
-    Between two rates, the accuracy is interpolated over the logarithm of the rate. Beyond
-    the lowest and the highest one, it is taken to be as there.
+    Between two rates, the accuracy is interpolated over the logarithm of the rate. Below the
+    lowest and above the highest one, it is that of the nearest one.
     """
     rates, accuracies = mean_accuracies(load_record(name))
     picked = np.log(picked_rates(name, rule))

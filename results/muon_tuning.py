@@ -64,7 +64,7 @@ class NarrowResNet(nn.Sequential):
 
 
 def train_run(values, training, held_out, seed):
-    """Train with the values of a run. Return its record."""
+    """Train with the values of a run. Return what it measured."""
     train.MUON_MOMENTUM = values["momentum"]
     train.NEWTON_SCHULZ_STEPS = values["steps"]
     recipe = dataclasses.replace(
@@ -74,12 +74,11 @@ def train_run(values, training, held_out, seed):
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)
     studies.give_first_convolution_to_adam(run)
-    environment = train.describe_environment(run)  # before the training, for the commit
+    # Now, because train.py may be edited during the training.
+    environment = train.describe_environment(run)
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])
     rows = list(train.train_epochs(run, rates))
     return {
-        "values": values,
-        "seed": seed,
         "accuracies": [row["test_accuracy"] for row in rows],
         "loss": rows[-1]["test_loss"],
         "tta_accuracy": train.evaluate_run(run, tta=True)["test_accuracy"],
@@ -91,9 +90,7 @@ def train_run(values, training, held_out, seed):
 def levels_with_joint_effect():
     """Return the levels of the factors, and one more column: an array (runs, factors + 1).
 
-    The last column is 1 where only one of Muon's rate and momentum has its higher value. Both
-    move the weights farther: a higher rate by larger steps, more momentum by steps that point
-    in more similar directions. So one of them may need the other one to be low.
+    The last column is 1 where only one of Muon's rate and momentum has its higher value.
     """
     levels = studies.levels_of(RUNS)
     names = list(FACTORS)
@@ -112,7 +109,7 @@ def table_of_effects():
     labels = []
     for factor, (low, high) in FACTORS.items():
         labels.append([MEANINGS[factor], f"{low:.3g} to {high:.3g}"])
-    labels.append(["Muon's rate and momentum", "both low or both high, to only one high"])
+    labels.append(["Muon's rate and momentum", "both low or both high, to one of them high"])
     rows = [["constant", "change", "accuracy", "flip TTA"]]
     for label, accuracy_cell, tta_cell in zip(labels, accuracy_cells, tta_cells):
         rows.append([*label, accuracy_cell, tta_cell])

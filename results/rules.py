@@ -1,9 +1,10 @@
 """Rules that find a learning rate in a sweep, for the comparison in finder.py.
 
-A rule is a function of the learning rates and the losses of a sweep's steps, two lists, and of
-the number of steps that Adam will train for, which is 0 with another optimizer. It returns one
-learning rate, which becomes LRMAX. The rules of other libraries get the losses smoothed and cut
-as in these libraries. But the sweep is ours: it stops earlier than theirs when the loss rises.
+A rule is a function of three arguments: `lrs` and `losses`, lists with a value for each step of
+a sweep, and `adam_steps`, the number of steps that Adam will train for, which is 0 with another
+optimizer. It returns one learning rate, which becomes LRMAX. The rules of other libraries get
+the losses smoothed and cut as in these libraries. But the sweep is ours: it stops earlier than
+theirs when the loss rises.
 """
 
 import math

@@ -80,10 +80,12 @@ def span(numbers, form="{:.3g}"):
 # ---- Tuning runs ---------------------------------------------------------------------------
 
 class Study:
-    """The runs of a study: `runs` has the values of the constants for the name of each run."""
+    """The runs of a study: `runs` maps the name of each run to its constants, {constant: value}."""
 
     def __init__(self, folder, runs, seeds=None):
         """`folder` is that of the records in results/. By default, seeds count from 0."""
+        if seeds and len(seeds) != len(runs):
+            raise ValueError("give a seed for each run")
         self.folder = folder
         self.runs = runs
         self.seeds = dict(zip(runs, seeds or itertools.count()))
@@ -93,11 +95,11 @@ class Study:
         return HERE / self.folder / f"{name}.json"
 
     def load_record(self, name):
-        """Return the record of a run. Raise ValueError if the run had other values."""
+        """Return the record of a run. Raise ValueError if it had other values or another seed."""
         record = json.loads(self.record_path(name).read_text())
         if (record["values"], record["seed"]) != (self.runs[name], self.seeds[name]):
-            raise ValueError(f"{self.record_path(name)} is of other values than the study has "
-                             "now. Delete it to train the run again")
+            raise ValueError(f"{self.record_path(name)} is of other values or another seed than "
+                             "the study has now. Delete it to train the run again")
         return record
 
     def load_records(self):
@@ -107,9 +109,9 @@ class Study:
     def measure(self, train_run, image_count, held_out_count, description):
         """Train the runs that the command line names and that have no record yet.
 
-        `train_run(values, training, held_out, seed)` returns the record of a run, with
-        "values" and "seed". Of CIFAR-10's training images, `training` has the first
-        `image_count`, `held_out` the last `held_out_count`.
+        `train_run(values, training, held_out, seed)` returns what a run measured, as a
+        dictionary. Its record has the values and the seed, too. Of CIFAR-10's training images,
+        `training` has the first `image_count`, `held_out` the last `held_out_count`.
         """
         options = parse_names(argparse.ArgumentParser(description=description), self.runs)
         for name in options.names:
@@ -120,8 +122,10 @@ class Study:
         for name in options.names:
             if self.record_path(name).exists():  # another process may have written it by now
                 continue
-            record = train_run(self.runs[name], training, held_out, self.seeds[name])
-            write_record(self.record_path(name), record)
+            values = self.runs[name]
+            seed = self.seeds[name]
+            measured = train_run(values, training, held_out, seed)
+            write_record(self.record_path(name), {"values": values, "seed": seed, **measured})
             print(name, "done", flush=True)
 
 
@@ -137,12 +141,12 @@ def give_first_convolution_to_adam(run):
 # ---- Fractional factorials: two values of each factor, and not all combinations -----------
 
 def fractional_factorial(factors, parities):
-    """Return runs that tell the factors from each other; `factors` has two values for each.
+    """Return the runs of a design, {name: {factor: value}}; `factors` has two values for each.
 
-    The first factors take all combinations. Each of the others has its second value where an
-    odd number of certain first factors have theirs. `parities` has the positions of these
-    first factors, for each of the others. A digit of a run's name says which value a factor
-    has: 0 is the first, 1 the second.
+    The first factors take all combinations. Each later factor has an entry in `parities`: the
+    positions of some first factors. If an odd number of these have their second value, the
+    later factor has its second value, too. The name of a run has a digit for each factor: 0 is
+    its first value, 1 its second.
     """
     runs = {}
     for free_levels in itertools.product((0, 1), repeat=len(factors) - len(parities)):
@@ -165,14 +169,17 @@ def estimate_effects(levels, results):
     An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
     Each column must have a 1 in half of the runs, and no two may be correlated. The error
     comes from what all effects together leave unexplained. It is the same for all columns.
+    Raise ValueError if there are too few runs for it.
     """
     results = np.asarray(results)
-    runs, columns = levels.shape
+    run_count, columns = levels.shape
+    if run_count < columns + 2:
+        raise ValueError("the error needs more runs than effects, by two at least")
     signs = 2 * levels - 1
-    effects = signs.T @ results / (runs / 2)
+    effects = signs.T @ results / (run_count / 2)
     residuals = results - results.mean() - signs @ effects / 2
-    deviation = np.sqrt((residuals ** 2).sum() / (runs - 1 - columns))
-    return effects, deviation * np.sqrt(4 / runs)
+    deviation = np.sqrt((residuals ** 2).sum() / (run_count - 1 - columns))
+    return effects, deviation * np.sqrt(4 / run_count)
 
 
 def cells_of_effects(levels, accuracies):

@@ -187,8 +187,10 @@ def check_alike(row, trait):
 
 
 def machine(report):
-    """Return what runs must share if their times are compared: the device."""
-    return {"device_name": report["environment"]["device_name"]}
+    """Return what runs must share if their times are compared: devices and CPU threads."""
+    environments = [report["environment"], *report.get("continued_in", [])]
+    return {name: [environment[name] for environment in environments]
+            for name in ("device_name", "threads")}
 
 
 def conditions(report):
@@ -323,15 +325,15 @@ def make_cell(column, rows, i):
     if column in CELLS:
         return CELLS[column](row)
     other = {"gain": i - 1, "ahead": 0}[column]  # the row that this one is compared with
-    if i == 0:
-        return "-"  # it is the first row
-    return distance_cell(row, rows[other], rows)
+    if i == 0 or not rows[other]:
+        return "-"  # there is nothing to compare with
+    return distance_cell(row, rows[other], [each for each in rows if each])
 
 
 # ---- Tables ------------------------------------------------------------------------------
 
 def make_table(heading, columns, declared_rows):
-    """Return a Markdown table of three parts, which are explained above TABLES."""
+    """Return a Markdown table. The three arguments are explained above TABLES."""
     if isinstance(columns, dict):
         groups = columns
     else:
