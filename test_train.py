@@ -3757,10 +3757,9 @@ def notebook(tmp_path_factory):
     attributes = write_cifar10(folder / "data" / CIFAR10.base_folder)
     del attributes["train_list"][1:]  # 20 images, because the network is large
     small_data = Workplace(folder, attributes).small_data
-    data = ("__file__ = 'cell.py'  # as in VS Code\n"
+    data = (f"__file__ = 'cell.py'  # as in VS Code\n{small_data}"
             "import torch\n"
-            "torch.cuda.is_available = torch.backends.mps.is_available = lambda: False\n"
-            f"{small_data}")
+            "torch.cuda.is_available = torch.backends.mps.is_available = lambda: False\n")
     sources = [data, SCRIPT.read_text(), NEXT_CELL, f"%run {SCRIPT} --help",
                f"%run -i {SCRIPT} --help"]
     cells = [nbformat.v4.new_code_cell(source) for source in sources]

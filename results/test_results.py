@@ -174,9 +174,11 @@ def test_runs_on_two_models_of_gpu_are_refused_as_a_row(written_row):
         written_row(*gpus)
 
 
-def test_runs_on_two_models_of_cpu_share_a_row_but_not_a_cell_of_times(written_row):
-    cpus = [report_with(0.9, "environment", device="cpu", device_name=name)
-            for name in ("one", "another")]
+@pytest.mark.parametrize("name, different", [
+    ("device_name", ["one", "another"]), ("threads", [1, 2])])
+def test_runs_on_unlike_cpus_share_a_row_but_not_a_cell_of_times(written_row, name, different):
+    cpus = [report_with(0.9, "environment", device="cpu", **{name: value})
+            for value in different]
     row = written_row(*cpus)
     assert tables.accuracy_cell(row) == "90.00 ± 0.00 (n=2)"
     with pytest.raises(ValueError, match="unlike"):
