@@ -590,10 +590,9 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    First, `momentum` is updated, too: the fading sum of all gradients, in the shape of
-    `weight`. The gradient plus a part of the momentum is seen as a matrix
-    (out, in x height x width), and replaced by a near matrix whose singular values are near 1.
-    Then the weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the
+    First, `momentum`, the fading sum of all gradients, is updated in place; it has the shape of
+    `weight`. The gradient plus a part of it is seen as a matrix (out, in x height x width), and
+    replaced by a matrix close to it whose singular values are near 1. Then the weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the
     weight moves about equally far in all directions of the matrix. `dtype` is that of the
     matrix products.
     """
@@ -745,9 +744,9 @@ class Run:
       seed decides.
     - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
 
-    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph. The Python code of the
-    network's `forward` runs only when the graph is captured, so its branches and numbers stay
-    as they were then. In the graph, second derivatives do not work, nor do hooks of layers or
+    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full batch.
+    There, the Python code of its `forward` runs only when the graph is captured, so branches
+    and numbers stay as they were then. In the graph, second derivatives do not work, nor do hooks of layers or
     weights. Each step overwrites the gradients of the one before; to keep one, clone it.
     `start_run(..., cuda_graph=False)` turns the graph off.
 
@@ -771,7 +770,7 @@ class Run:
     cuda_graph: bool = True
     seconds: float = 0.0  # of preparation and training; evaluation does not count
     epoch: int = 0  # epochs trained
-    mid_epoch: bool = False  # an epoch was begun and did not end
+    mid_epoch: bool = False  # an epoch or a sweep was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
     graph_is_free: bool = False  # `forward` may use the graph, see `compute_loss`
 
@@ -861,7 +860,7 @@ class Run:
         """Return a copy of all that training changes, and the settings of the run.
 
         Buffers that a loss or `augment` has are not part of it. Raise ValueError inside an
-        epoch, because the run could not go on from there.
+        epoch or a sweep, because the run could not go on from there.
         """
         self.check_between_epochs()
         return copy.deepcopy({
@@ -877,10 +876,10 @@ class Run:
         })
 
     def check_between_epochs(self):
-        """Raise ValueError if an epoch was begun and did not end."""
+        """Raise ValueError if an epoch or a sweep was begun and did not end."""
         if self.mid_epoch:
-            raise ValueError("an epoch of this run goes on, or it was interrupted, or its loss "
-                             "was NaN or infinite. Load a state() from before that epoch, or "
+            raise ValueError("an epoch or a sweep of this run goes on, or it was interrupted, or "
+                             "its loss was NaN or infinite. Load a state() from before it, or "
                              "begin again with start_run")
 
     def load_state(self, state):
@@ -1375,8 +1374,8 @@ def read_sweep(lrs, smoothed, adam_steps):
 def sweep_edges(smoothed):
     """Return the first and the last step at which a sweep's smoothed loss is low.
 
-    From the first one on, 90% of its fall is done. Up to the last one, it is above its lowest
-    value by at most 3% of that value, and by at most 10% of its fall. Raise UserError if it
+    From the first one on, 90% of its fall is done. From the lowest value to the last one, it is
+    above that value by at most 3% of it, and by at most 10% of the fall. Raise UserError if it
     never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
@@ -1468,7 +1467,8 @@ def train_epochs(run, rates, on_step=None):
     This is a generator: loop over it. It continues after the last epoch that was completed.
     `on_step(step, steps, learning rate, loss)` is called after each step, with the step of
     the epoch, from 1, and the number of its steps. Reading the loss, a tensor, makes a GPU
-    wait. Raise Diverged if a loss is NaN or infinite.
+    wait. Each epoch sets the weight decay of groups with "decays" anew. Raise Diverged if a
+    loss is NaN or infinite.
     """
     rates = check_rates(rates)
     if run.epoch >= run.recipe.epochs:
@@ -1858,7 +1858,7 @@ def script_commit():
 def peak_memory(device):
     """Return the most bytes that the process used so far, of an NVIDIA GPU or of the memory.
 
-    Return None on Windows without an NVIDIA GPU.
+    Return None on Windows if the run is not on an NVIDIA GPU.
     """
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
@@ -2454,8 +2454,8 @@ def record_rates(recorder):
 def record_final_accuracy(recorder):
     """Put the accuracy after the last epoch into the summary, without and with flip TTA."""
     last_row = recorder.report["epochs"][-1]
-    with_tta = evaluate_run(recorder.run, tta=True)
     recorder.summary["final_test_accuracy"] = last_row["test_accuracy"]
+    with_tta = evaluate_run(recorder.run, tta=True)
     recorder.summary["tta_test_accuracy"] = with_tta["test_accuracy"]
 
 

@@ -145,7 +145,7 @@ def evaluate_average(run):
 def train_run(values, training, held_out, seed):
     """Train with the values of a run. Return what it measured."""
     run = start(values, training, held_out, seed)
-    # Now, because train.py may be edited during the training.
+    # Now, for the commit: train.py may be edited during the training.
     environment = train.describe_environment(run)
     test = train.prepare_images(held_out, run.mean, run.std, run.device, run.dtype)
     runs_with_averages = [run_with_average(run, ema_epochs, test) for ema_epochs in EMA_EPOCHS]

@@ -97,8 +97,8 @@ def rmsprop(parameters):
 class Case:
     """What is trained.
 
-    The record of a case does not hold this. So measure the case anew after a change here or in
-    a recipe that it has.
+    The record of a case does not hold these values. So measure the case anew after a change
+    here, or in a recipe that it uses.
     """
     rate: float  # RATIOS times this are the learning rates
     images: int = 2_000

@@ -116,7 +116,7 @@ class Study:
         options = parse_names(argparse.ArgumentParser(description=description), self.runs)
         for name in options.names:
             if self.record_path(name).exists():
-                self.load_record(name)  # raises if it is of other values
+                self.load_record(name)  # raises if it is of another run
         training, held_out = split_training_images(
             options.data_dir, image_count, held_out_count)
         for name in options.names:
@@ -174,7 +174,7 @@ def estimate_effects(levels, results):
     results = np.asarray(results)
     run_count, columns = levels.shape
     if run_count < columns + 2:
-        raise ValueError("the error needs more runs than effects, by two at least")
+        raise ValueError("the error needs at least two more runs than effects")
     signs = 2 * levels - 1
     effects = signs.T @ results / (run_count / 2)
     residuals = results - results.mean() - signs @ effects / 2

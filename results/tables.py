@@ -189,7 +189,7 @@ def check_alike(row, trait):
 def machine(report):
     """Return what runs must share if their times are compared: devices and CPU threads."""
     environments = [report["environment"], *report.get("continued_in", [])]
-    return {name: [environment[name] for environment in environments]
+    return {name: sorted({environment[name] for environment in environments})
             for name in ("device_name", "threads")}
 
 
@@ -198,7 +198,7 @@ def conditions(report):
     shared = {name: report["data"][name] for name in ("train_images", "evaluated_on")}
     shared |= {name: report["environment"][name] for name in ("device", "precision")}
     if shared["device"] != "cpu":  # all kinds of CPU are equally accurate
-        shared |= machine(report)
+        shared["device_name"] = report["environment"]["device_name"]
     return shared
 
 

@@ -185,6 +185,12 @@ def test_runs_on_unlike_cpus_share_a_row_but_not_a_cell_of_times(written_row, na
         tables.time_cell(row, "total_seconds")
 
 
+def test_a_run_that_was_continued_on_the_same_machine_shares_a_cell_of_times(written_row):
+    report = report_with(0.9)
+    continued = {**report, "continued_in": [report["environment"]]}
+    assert tables.time_cell(written_row(report, continued), "total_seconds")
+
+
 def test_a_report_without_a_field_of_the_recipe_is_refused(written_row):
     report = report_with(0.9)
     del report["config"]["recipe"]["cutout"]
@@ -555,7 +561,7 @@ def test_effects_are_shown_in_points():
 
 def test_effects_of_too_few_runs_have_no_error_and_are_refused():
     levels = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]])
-    with pytest.raises(ValueError, match="the error needs more runs"):
+    with pytest.raises(ValueError, match="the error needs at least two more runs"):
         studies.estimate_effects(levels, [0.5, 0.4, 0.3, 0.2])
 
 
