@@ -590,11 +590,12 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    First, `momentum`, the fading sum of all gradients, is updated in place; it has the shape of
-    `weight`. The gradient plus a part of it is seen as a matrix (out, in x height x width), and
-    replaced by a matrix close to it whose singular values are near 1. Then the weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the
-    weight moves about equally far in all directions of the matrix. `dtype` is that of the
-    matrix products.
+    First, `momentum`, the fading sum of all gradients, is updated in place; it has the shape
+    of `weight`. The gradient plus a part of it is seen as a matrix (out, in x height x
+    width), and replaced by a matrix close to it whose singular values are near 1. Then the
+    weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the weight
+    moves about equally far in all directions of the matrix. `dtype` is that of the matrix
+    products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     combined = gradient + MUON_MOMENTUM * momentum  # Nesterov's
@@ -744,11 +745,11 @@ class Run:
       seed decides.
     - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
 
-    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full batch.
-    There, the Python code of its `forward` runs only when the graph is captured, so branches
-    and numbers stay as they were then. In the graph, second derivatives do not work, nor do hooks of layers or
-    weights. Each step overwrites the gradients of the one before; to keep one, clone it.
-    `start_run(..., cuda_graph=False)` turns the graph off.
+    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full
+    batch. There, the Python code of its `forward` runs only when the graph is captured, so
+    branches and numbers stay as they were then. In the graph, second derivatives do not work,
+    nor do hooks of layers or weights. Each step overwrites the gradients of the one before;
+    to keep one, clone it. `start_run(..., cuda_graph=False)` turns the graph off.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
