@@ -252,10 +252,15 @@ def epoch_cell(row, goal):
     return studies.span(epochs).replace("inf", "never")
 
 
-def time_cell(row, key, unit=1):
-    """Return how long the runs took; `unit` is 1 for seconds and 60 for minutes."""
-    check_alike(row, machine)  # times of different machines do not belong in one cell
-    return studies.span([seconds / unit for seconds in values(row, key)], "{:,.0f}")
+def seconds_cell(row, key):
+    """Return how many seconds the runs took. Raise ValueError if their machines differ."""
+    check_alike(row, machine)
+    return studies.span(values(row, key), "{:,.0f}")
+
+
+def minutes_cell(row):
+    """Return how many minutes the runs took in all, from the fastest machine to the slowest."""
+    return studies.span([seconds / 60 for seconds in values(row, "total_seconds")], "{:,.0f}")
 
 
 def found_rates(row, rule=rules.ours):
@@ -282,10 +287,10 @@ CELLS = {
     "LRMAX": lr_max_cell,
     "90% at epoch": lambda row: epoch_cell(row, "0.90"),
     "94% at epoch": lambda row: epoch_cell(row, "0.94"),
-    "training, s": lambda row: time_cell(row, "train_seconds"),
-    "sweep, s": lambda row: time_cell(row, "sweep_seconds"),
-    "seconds": lambda row: time_cell(row, "total_seconds"),
-    "minutes": lambda row: time_cell(row, "total_seconds", 60),
+    "training, s": lambda row: seconds_cell(row, "train_seconds"),
+    "sweep, s": lambda row: seconds_cell(row, "sweep_seconds"),
+    "seconds": lambda row: seconds_cell(row, "total_seconds"),
+    "minutes": minutes_cell,
     "LRMAX found": lambda row: studies.span(found_rates(row)),
     **{name: functools.partial(spread_cell, rule=rule) for name, rule in rules.RULES.items()},
 }

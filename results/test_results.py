@@ -176,19 +176,22 @@ def test_runs_on_two_models_of_gpu_are_refused_as_a_row(written_row):
 
 @pytest.mark.parametrize("name, different", [
     ("device_name", ["one", "another"]), ("threads", [1, 2])])
-def test_runs_on_unlike_cpus_share_a_row_but_not_a_cell_of_times(written_row, name, different):
+def test_runs_on_unlike_cpus_share_a_row_and_minutes_but_not_seconds(written_row, name, different):
     cpus = [report_with(0.9, "environment", device="cpu", **{name: value})
             for value in different]
+    for minutes, report in enumerate(cpus, start=2):
+        report["summary"]["total_seconds"] = 60 * minutes
     row = written_row(*cpus)
     assert tables.accuracy_cell(row) == "90.00 ± 0.00 (n=2)"
     with pytest.raises(ValueError, match="unlike"):
-        tables.time_cell(row, "total_seconds")
+        tables.seconds_cell(row, "total_seconds")
+    assert tables.minutes_cell(row) == "2 to 3"
 
 
 def test_a_run_that_was_continued_on_the_same_machine_shares_a_cell_of_times(written_row):
     report = report_with(0.9)
     continued = {**report, "continued_in": [report["environment"]]}
-    assert tables.time_cell(written_row(report, continued), "total_seconds")
+    assert tables.seconds_cell(written_row(report, continued), "total_seconds")
 
 
 def test_a_report_without_a_field_of_the_recipe_is_refused(written_row):
