@@ -74,7 +74,8 @@ if torch.__version__ < (2, 7):  # a TorchVersion, which compares with tuples
 
 # ---- Recipe: each field becomes an option of the command line -------------------------
 
-MAX_EPOCHS = 100_000  # the random numbers of later epochs are for the sweep, see SWEEP_EPOCH
+# The random numbers of later epochs are for the sweep, see SWEEP_EPOCH.
+MAX_EPOCHS = 100_000
 
 
 def recipe_field(default, allowed, help):
@@ -88,8 +89,8 @@ def recipe_field(default, allowed, help):
 def check_value(name, value, allowed):
     """Raise ValueError with a sentence about `name`, unless `value` is allowed.
 
-    `allowed` holds the names, or the lowest and highest number. Bounds that are written as
-    0 and 9 allow integers alone, 0.0 and 9.0 all numbers between them.
+    `allowed` holds the names, or the lowest and highest number. Bounds that are written
+    as 0 and 9 allow integers alone, 0.0 and 9.0 all numbers between them.
     """
     kind = type(allowed[0])
     if kind is str:
@@ -127,18 +128,18 @@ class Recipe:
     beta1: float = recipe_field(0.95, (0.0, 0.9999), "Adam's first beta at LRMIN")
     beta1_peak: float = recipe_field(0.85, (0.0, 0.9999), "Adam's first beta at LRMAX")
     beta2: float = recipe_field(0.999, (0.0, 0.999999), "Adam's second beta")
-    # Adam divides a gradient by (root of its mean square) + epsilon. 0.01 is larger than most
-    # of these roots, so Adam moves the weights almost as SGD with momentum would.
+    # Adam divides a gradient by (root of its mean square) + epsilon. 0.01 is larger than
+    # most of these roots, so Adam moves the weights almost as SGD with momentum would.
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
-    # Weight decay is given as a time: at LRMAX, decay alone shrinks a weight to 1/e in this
-    # many epochs. The same time suits all batch sizes and learning rates.
+    # Weight decay is given as a time: at LRMAX, decay alone shrinks a weight to 1/e in
+    # this many epochs. The same time suits all batch sizes and learning rates.
     decay_epochs: float = recipe_field(
         5.0, (0.0, 1e5), "epochs in which weight decay shrinks a weight to 1/e; 0: no decay")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
     label_smoothing: float = recipe_field(
         0.2, (0.0, 0.99), "share spread over all classes")
-    # The weights are noisy while the learning rate is high. Their exponential moving average
-    # (EMA) is not.
+    # The weights are noisy while the learning rate is high. Their exponential moving
+    # average (EMA) is not.
     ema_epochs: float = recipe_field(
         0.5, (0.0, 1e5), "epochs over which the EMA of the weights averages; 0: no EMA")
     # A learning rate that suits the convolutions is too large for the last layer. Smaller
@@ -159,8 +160,8 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             check_value(field.name, value, field.metadata["allowed"])
-            # NumPy's numbers become Python's, and 1 becomes 1.0 where the default is a float.
-            # The class is frozen, so a plain assignment would fail.
+            # NumPy's numbers become Python's, and 1 becomes 1.0 where the default is a
+            # float. The class is frozen, so a plain assignment would fail.
             object.__setattr__(self, field.name, type(field.default)(value))
         if self.batch_size == 1:
             raise ValueError("batch_size must be 0 or at least 2, got 1")
@@ -216,7 +217,8 @@ class UncertainRates(UserWarning):
 
 # ---- Data: the whole data set on the device -------------------------------------------
 
-# Code that was pasted into a notebook may have no __file__. It looks in the notebook's folder.
+# Code that was pasted into a notebook may have no __file__. It looks in the notebook's
+# folder.
 SCRIPT = Path(globals().get("__file__", "train.py")).resolve()
 SAMPLE = SCRIPT.parent / "data" / "sample.npz"
 SAMPLE_IMAGES = 2000  # for training, and 400 for tests
@@ -251,8 +253,8 @@ def take_images(split, chosen):
 def load_cifar10(data_dir):
     """Return CIFAR-10's training split, test split and class names; download it if needed.
 
-    `data_dir` is the folder that has cifar-10-batches-py, or this folder itself. The images
-    are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download fails.
+    `data_dir` is the folder that has cifar-10-batches-py, or this folder itself. The
+    images are uint8 (N, 3, 32, 32), on the CPU. Raise UserError if the download fails.
     (A. Krizhevsky, Learning Multiple Layers of Features, 2009.)
     """
     data_dir = Path(data_dir).expanduser()
@@ -276,7 +278,8 @@ def download_cifar10(data_dir):
     """Bring CIFAR-10 into `data_dir` and read it. Raise UserError if that fails."""
     archive = data_dir / CIFAR10.filename
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # else a silent server would be waited for without an end
+    # Without a timeout, a silent server would be waited for without an end.
+    socket.setdefaulttimeout(30)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         # A second run waits here until the first one has the data.
@@ -379,12 +382,13 @@ def count_steps(image_count, batch_size):
 
 # ---- Augmentation: tensor operations on a batch, with random draws for each image -----
 
-# Each epoch of each seed has random numbers of its own. Epoch 0 is for draws that belong to no
-# epoch, such as which half of the images is mirrored first. 1 to MAX_EPOCHS are for training,
-# and the sweep begins at SWEEP_EPOCH. So training shows none of the sweep's batches.
+# Each epoch of each seed has random numbers of its own. Epoch 0 is for draws that belong
+# to no epoch, such as which half of the images is mirrored first. 1 to MAX_EPOCHS are for
+# training, and the sweep begins at SWEEP_EPOCH. So training shows none of the sweep's
+# batches.
 SWEEP_EPOCH = 900_000
-# The stride is larger than the number of every epoch, so that two seeds never draw the same
-# numbers. (Up to seed 4,000: the CPU's generator keeps only 32 bits of its seed.)
+# The stride is larger than the number of every epoch, so that two seeds never draw the
+# same numbers. (Up to seed 4,000: the CPU's generator keeps only 32 bits of its seed.)
 SEED_STRIDE = 1_000_003
 
 
@@ -473,8 +477,8 @@ def augmented_batches(run, epoch):
     order = torch.randperm(len(labels), generator=generator, device=device)
     layout = fast_layout(device)
     batch_size = run.recipe.batch_size
-    # `tensor_split` cuts before each of these positions. The last batch has the rest, which may
-    # be one image more than a batch, see `count_steps`.
+    # `tensor_split` cuts before each of these positions. The last batch has the rest,
+    # which may be one image more than a batch, see `count_steps`.
     cuts = range(batch_size, run.steps_per_epoch * batch_size, batch_size)
     for chosen in order.tensor_split(tuple(cuts)):
         batch = augment_images(run.recipe, images[chosen], mirrored[chosen], generator)
@@ -537,9 +541,9 @@ class ResNet(nn.Module):
 def pass_input_on(model):
     """Let every convolution but the first begin by passing its input on.
 
-    A convolution with C input channels gets C filters, each of which passes one channel on.
-    Its other filters stay random. So the untrained network already carries the image to its
-    last layer (K. Jordan, arXiv:2404.00498, section 3.3).
+    A convolution with C input channels gets C filters, each of which passes one channel
+    on. Its other filters stay random. So the untrained network already carries the image
+    to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
     """
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     for convolution in convolutions[1:]:  # the first one is for `whiten_patches`
@@ -555,7 +559,8 @@ def whiten_patches(model, images):
     negatives, because ReLU keeps positive outputs alone (tysam-code, hlb-CIFAR10). The
     other 10 stay random.
     """
-    patches = F.unfold(images.float().cpu(), 3)  # (N, 27, positions); 27 = 3 x 3 x 3 channels
+    # (N, 27, positions), because a patch has 3 x 3 pixels of 3 channels.
+    patches = F.unfold(images.float().cpu(), 3)
     covariance = torch.cov(patches.transpose(0, 1).flatten(1))
     variances, directions = torch.linalg.eigh(covariance)
     # Directions with almost no variance are noise. 0.01 keeps them from being amplified.
@@ -583,26 +588,27 @@ def orthogonalize(matrix, dtype=torch.float32):
         x = x.T  # makes the products smaller
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + (2.0315 * gram) @ gram) @ x  # K. Jordan's numbers
+        # The numbers are K. Jordan's.
+        x = 3.4445 * x + (-4.7750 * gram + (2.0315 * gram) @ gram) @ x
     return x.T if is_tall else x
 
 
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    First, `momentum`, the fading sum of all gradients, is updated in place; it has the shape
-    of `weight`. The gradient plus a part of it is seen as a matrix (out, in x height x
-    width), and replaced by a matrix close to it whose singular values are near 1. Then the
-    weight is scaled to a fixed norm, and `lr` times that matrix is subtracted. So the weight
-    moves about equally far in all directions of the matrix. `dtype` is that of the matrix
-    products.
+    First, `momentum`, the fading sum of all gradients, is updated in place; it has the
+    shape of `weight`. The gradient plus a part of it is seen as a matrix
+    (out, in x height x width), and replaced by a matrix close to it whose singular values
+    are near 1. Then the weight is scaled to a fixed norm, and `lr` times that matrix is
+    subtracted. So the weight moves about equally far in all directions of the matrix.
+    `dtype` is that of the matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     combined = gradient + MUON_MOMENTUM * momentum  # Nesterov's
     update = orthogonalize(combined.flatten(1), dtype)
-    # A fixed norm takes the place of weight decay. This scaling does not change the output of
-    # our network, because the BatchNorm that follows divides by the deviation. The norm is
-    # sqrt(out), so that one filter has a norm of about 1.
+    # A fixed norm takes the place of weight decay. This scaling does not change the
+    # output of our network, because the BatchNorm that follows divides by the deviation.
+    # The norm is sqrt(out), so that one filter has a norm of about 1.
     weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
     weight.add_(update.view_as(weight), alpha=-lr)
 
@@ -610,8 +616,8 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Muon for the weights of convolutions, and Adam for all else, in one optimizer.
 
-    This object has all groups of parameters, of which the first is Muon's, and the state of
-    all parameters. So they are saved as one. `adam` only lends its `step`.
+    This object has all groups of parameters, of which the first is Muon's, and the state
+    of all parameters. So they are saved as one. `adam` only lends its `step`.
     """
 
     def __init__(self, weights, adam, lr_factor, dtype=torch.float32):
@@ -666,11 +672,12 @@ def make_optimizer(recipe, model, dtype):
     of_muon = set(muon_weights)
     rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
     decayed = [parameter for parameter in rest if parameter.ndim > 1]
-    spared = [parameter for parameter in rest if parameter.ndim <= 1]  # biases, BatchNorms
-    # PyTorch's `weight_decay` has two meanings. With `l2`, it is the L2 term, the same for all
-    # parameters. Else it is a weight decay, and 0 here, because LRMAX is not known yet:
-    # `set_weight_decay` sets it in the groups whose "decays", a key of our own, is true. It
-    # spares biases and BatchNorms.
+    # Biases, and the weights of BatchNorms.
+    spared = [parameter for parameter in rest if parameter.ndim <= 1]
+    # PyTorch's `weight_decay` has two meanings. With `l2`, it is the L2 term, the same
+    # for all parameters. Else it is a weight decay, and 0 here, because LRMAX is not
+    # known yet: `set_weight_decay` sets it in the groups whose "decays", a key of our
+    # own, is true. It spares biases and BatchNorms.
     groups = [{"params": decayed, "decays": True}, {"params": spared, "decays": False}]
     # `train_step` sets the learning rate and the first beta.
     adam = torch.optim.Adam(
@@ -698,15 +705,15 @@ def set_lr_and_beta1(optimizer, lr, beta1):
 def choose_weight_decay(recipe, lr_max, steps_per_epoch):
     """Return Adam's weight decay: `l2`, or the one with the time `decay_epochs`.
 
-    A step multiplies a weight by 1 - learning rate * decay. At LRMAX, this shrinks a weight
-    to 1/e in `decay_epochs` epochs (X. Wang and L. Aitchison, arXiv:2405.13698).
+    A step multiplies a weight by 1 - learning rate * decay. At LRMAX, this shrinks a
+    weight to 1/e in `decay_epochs` epochs (X. Wang and L. Aitchison, arXiv:2405.13698).
     """
     if recipe.l2:
         return recipe.l2
     if not recipe.decay_epochs:
         return 0.0
-    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean and
-    # variance can adapt.
+    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean
+    # and variance can adapt.
     decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
     return 1 / (decay_steps * lr_max)
 
@@ -730,10 +737,10 @@ class Run:
     You can replace its parts, the first three by parameters of `start_run`:
 
     - `model` is a network, or a function that returns one. The network turns normalized
-      images (B, C, H, W) into logits (B, classes). The function is called under the seed, so
-      that each seed has its own weights. A network is used as it is: a second run starts
-      with the weights that the first one left. It is not whitened, even if it is a ResNet.
-      A buffer that it makes only in training has to be `persistent=False`.
+      images (B, C, H, W) into logits (B, classes). The function is called under the seed,
+      so that each seed has its own weights. A network is used as it is: a second run
+      starts with the weights that the first one left. It is not whitened, even if it is a
+      ResNet. A buffer that it makes only in training has to be `persistent=False`.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -746,10 +753,11 @@ class Run:
     - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
 
     On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full
-    batch. There, the Python code of its `forward` runs only when the graph is captured, so
-    branches and numbers stay as they were then. In the graph, second derivatives do not work,
-    nor do hooks of layers or weights. Each step overwrites the gradients of the one before;
-    to keep one, clone it. `start_run(..., cuda_graph=False)` turns the graph off.
+    batch. There, the Python code of its `forward` runs only when the graph is captured,
+    so branches and numbers stay as they were then. In the graph, second derivatives do
+    not work, nor do hooks of layers or weights. Each step overwrites the gradients of the
+    one before; to keep one, clone it. `start_run(..., cuda_graph=False)` turns the graph
+    off.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
@@ -786,7 +794,8 @@ class Run:
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        # The cache of autocast copies the weights. A CUDA graph would keep using old copies.
+        # The cache of autocast copies the weights. A CUDA graph would keep using old
+        # copies.
         return torch.autocast(self.device, self.dtype, cache_enabled=False)
 
     def forward(self, images):
@@ -815,8 +824,9 @@ class Run:
     def compute_loss(self, images, labels):
         """Return what `loss` returns for a step: the loss and the logits.
 
-        The CUDA graph is free for the first forward pass alone. A second one, in the loss or in
-        a hook of the step, would overwrite what the backward pass of the first one needs.
+        The CUDA graph is free for the first forward pass alone. A second one, in the loss
+        or in a hook of the step, would overwrite what the backward pass of the first one
+        needs.
         """
         self.graph_is_free = True
         try:
@@ -860,8 +870,8 @@ class Run:
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
-        Buffers that a loss or `augment` has are not part of it. Raise ValueError inside an
-        epoch or a sweep, because the run could not go on from there.
+        Buffers that a loss or `augment` has are not part of it. Raise ValueError inside
+        an epoch or a sweep, because the run could not go on from there.
         """
         self.check_between_epochs()
         return copy.deepcopy({
@@ -891,8 +901,8 @@ class Run:
         if tensor_shapes(state["model"]) != tensor_shapes(self.model.state_dict()):
             raise ValueError("this state is of another network: its weights or buffers have "
                              "other names or shapes")
-        # The optimizer first: it refuses other groups before anything has changed. It gets a
-        # copy, because it goes on with the tensors that it is given.
+        # The optimizer first: it refuses other groups before anything has changed. It
+        # gets a copy, because it goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -900,7 +910,8 @@ class Run:
         with torch.no_grad():
             for values, saved in zip(self.loss_parameters(), saved_parameters, strict=True):
                 values.copy_(saved)
-        # A new scaler: after an interrupted step, the old one would raise in the next step.
+        # A new scaler: after an interrupted step, the old one would raise in the next
+        # step.
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(self.device, state["random"])
@@ -968,8 +979,8 @@ def choose_device(device="auto"):
 def choose_precision(device, precision="auto"):
     """Return "fp32", "bf16" or "fp16", or raise ValueError for another name.
 
-    "auto" is bf16 on an NVIDIA GPU or an x86 CPU that has instructions for it, fp16 on other
-    NVIDIA GPUs, and fp32 elsewhere. Without such instructions, bf16 is slow.
+    "auto" is bf16 on an NVIDIA GPU or an x86 CPU that has instructions for it, fp16 on
+    other NVIDIA GPUs, and fp32 elsewhere. Without such instructions, bf16 is slow.
     """
     check_value("precision", precision, ["auto", *DTYPES])
     # On Apple GPUs, Adam would also take steps whose gradients have overflowed.
@@ -1001,8 +1012,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     `choose_device` and `choose_precision` say what "auto" is. `Run` says what `model`,
     `loss`, `augment` and `cuda_graph` can be. A seed gives the same initial weights on
     every device, except for rounding in the first layer; dropout in a network of your own
-    follows `torch.manual_seed`. `torch.backends.cudnn.benchmark` is set for the whole process.
-    Raise ValueError for what cannot be trained.
+    follows `torch.manual_seed`. `torch.backends.cudnn.benchmark` is set for the whole
+    process. Raise ValueError for what cannot be trained.
     """
     seed = int(seed)  # it may be one of NumPy's
     training = Split(*training)  # it may be a plain tuple
@@ -1015,8 +1026,8 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
-    # cuDNN can search for its fastest kernels, which takes time. In bf16, that is worth it
-    # only with the CUDA graph, so `capture_graph` turns it on.
+    # cuDNN can search for its fastest kernels, which takes time. In bf16, that is worth
+    # it only with the CUDA graph, so `capture_graph` turns it on.
     torch.backends.cudnn.benchmark = precision != "bf16"
     network = make_model(recipe, model, num_classes, seed)
     network.to(device, torch.float32, memory_format=fast_layout(device))
@@ -1074,9 +1085,9 @@ def make_model(recipe, model, num_classes, seed):
     """Return `model`, or what it makes if it is a function, or the built-in network."""
     if isinstance(model, nn.Module):
         return model
-    # The weights are drawn on the CPU, so that they are the same on every device. Afterwards,
-    # `fork_rng` restores the caller's random state there. torch.manual_seed would also seed
-    # the GPUs, whose state is not restored.
+    # The weights are drawn on the CPU, so that they are the same on every device.
+    # Afterwards, `fork_rng` restores the caller's random state there. torch.manual_seed
+    # would also seed the GPUs, whose state is not restored.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return ResNet(recipe, num_classes) if model is None else model()
@@ -1087,8 +1098,8 @@ def make_model(recipe, model, num_classes, seed):
 def begin_training(run):
     """Prepare a run for steps, in the sweep or in the training.
 
-    Afterwards, the caller sets `run.graph` to None, so that Python's next garbage collection
-    frees its memory. Raise ValueError if the run is not ready.
+    Afterwards, the caller sets `run.graph` to None, so that Python's next garbage
+    collection frees its memory. Raise ValueError if the run is not ready.
     """
     run.check_between_epochs()
     check_parameters(run)
@@ -1159,13 +1170,13 @@ def train_step(run, images, labels, lr, beta1):
 def update_average(run, step):
     """Update the averaged weights after `step` (from 1).
 
-    They are a plain mean in the first `ema_epochs`, then an exponential moving average. If
-    `ema_epochs` is 0, they are the latest weights.
+    They are a plain mean in the first `ema_epochs`, then an exponential moving average.
+    If `ema_epochs` is 0, they are the latest weights.
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
     share = 1 / min(step, ema_steps)  # of the newest weights in the average
-    # PyTorch's AveragedModel averages all buffers or none. Here, BatchNorm's statistics are
-    # averaged, but masks and counts are copied, see `copy_other_buffers`.
+    # PyTorch's AveragedModel averages all buffers or none. Here, BatchNorm's statistics
+    # are averaged, but masks and counts are copied, see `copy_other_buffers`.
     update = get_ema_multi_avg_fn(1 - share)
     # PyTorch does not use the third argument.
     update(tensors_to_average(run.averaged), tensors_to_average(run.model), None)
@@ -1206,9 +1217,9 @@ class Rates(NamedTuple):
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     """Return a value that changes linearly from `start` to `peak` and then to `end`.
 
-    Steps count from 0. As in PyTorch's OneCycleLR, the peak is at step
-    `peak_fraction` x `total_steps` - 1, which may lie between two steps, and the last step
-    has `end` (L. Smith, arXiv:1803.09820, section 4).
+    Steps count from 0. As in PyTorch's OneCycleLR, the peak is at step `peak_fraction` x
+    `total_steps` - 1, which may lie between two steps, and the last step has `end`
+    (L. Smith, arXiv:1803.09820, section 4).
     """
     last_step = total_steps - 1
     peak_step = peak_fraction * total_steps - 1  # at most 0 if there is no rise
@@ -1235,13 +1246,13 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# The smoothed loss of a sweep falls, then it is low, then it rises. It is low while it is above
-# its lowest value by at most FALL_PART of its fall, and, after the lowest value, also by at most
-# RISE of that value.
+# The smoothed loss of a sweep falls, then it is low, then it rises. It is low while it is
+# above its lowest value by at most FALL_PART of its fall, and, after the lowest value,
+# also by at most RISE of that value.
 FALL_PART = 0.1
 RISE = 0.03
-# A short training with Adam cannot recover from high rates. These two numbers were fitted to
-# the cases of results/finder.py.
+# A short training with Adam cannot recover from high rates. These two numbers were fitted
+# to the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
 SHORT_TRAINING_DIVISOR = 9
 
@@ -1249,26 +1260,27 @@ SHORT_TRAINING_DIVISOR = 9
 def find_rates(run, on_step=None):
     """Train while the learning rate rises exponentially, and find LRMAX from the losses.
 
-    Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX is
-    uncertain, their `note` says why, and so does an UncertainRates warning. Afterwards, the
-    `state()` of the run is as before. `on_step(step, steps, learning rate, loss)` is called
-    after each step. Raise UserError if the loss never falls.
-    (L. Smith, arXiv:1506.01186, section 3.3.)
+    Return Rates. Their `sweep` has the lists `lr`, `loss` and `smoothed_loss`. If LRMAX
+    is uncertain, their `note` says why, and so does an UncertainRates warning.
+    Afterwards, the `state()` of the run is as before.
+    `on_step(step, steps, learning rate, loss)` is called after each step. Raise UserError
+    if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
     """
     steps_per_epoch = run.steps_per_epoch
-    # About 200 steps, but at least one epoch and at most two, and never fewer than 120. 120
-    # steps are 20 for each factor of 10. Fewer would be too coarse, because the loss rises
-    # only some steps after the rate became too high.
+    # About 200 steps, but at least one epoch and at most two, and never fewer than 120.
+    # 120 steps are 20 for each factor of 10. Fewer would be too coarse, because the loss
+    # rises only some steps after the rate became too high.
     steps = max(steps_per_epoch, min(200, 2 * steps_per_epoch), 120)
     # A decade is a factor of 10 in the learning rate.
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade_steps = round(steps_per_decade / 2)
     before = run.state()
     begin_training(run)
-    run.mid_epoch = True  # until `load_state`: training cannot go on from inside the sweep
+    # Until `load_state`, because training cannot go on from inside the sweep.
+    run.mid_epoch = True
     try:
-        # Weight decay depends on LRMAX, which is not known yet, so the sweep has none, also
-        # after a training. The L2 term stays.
+        # Weight decay depends on LRMAX, which is not known yet, so the sweep has none,
+        # also after a training. The L2 term stays.
         set_weight_decay(run.optimizer, run.recipe.l2)
         lrs, losses = record_sweep(run, steps, half_decade_steps, on_step)
     finally:
@@ -1289,8 +1301,8 @@ def record_sweep(run, steps, half_decade_steps, on_step):
     """Train with rising learning rates; return the lists of these and of the losses.
 
     In `half_decade_steps` steps, the rate grows by the root of 10. The sweep ends at
-    SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends it, too, and is
-    left out.
+    SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends it, too, and
+    is left out.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
@@ -1358,10 +1370,10 @@ def read_sweep(lrs, smoothed, adam_steps):
     """Return LRMIN and LRMAX for a training with so many steps of Adam.
 
     The loss is low from a first to a last rate, which `sweep_edges` finds. LRMAX is twice
-    the last one, because smoothing makes the rise appear too early. But with Adam, it is at
-    most sqrt(first rate x last rate) x steps^0.6 / 9, so that a short training has a lower
-    one. If `adam_steps` is 0, there is no such limit. LRMAX is also at most the last rate of
-    the sweep.
+    the last one, because smoothing makes the rise appear too early. But with Adam, it is
+    at most sqrt(first rate x last rate) x steps^0.6 / 9, so that a short training has a
+    lower one. If `adam_steps` is 0, there is no such limit. LRMAX is also at most the
+    last rate of the sweep.
     """
     first, last = sweep_edges(smoothed)
     lr_max = min(2 * lrs[last], lrs[-1])
@@ -1375,9 +1387,9 @@ def read_sweep(lrs, smoothed, adam_steps):
 def sweep_edges(smoothed):
     """Return the first and the last step at which a sweep's smoothed loss is low.
 
-    From the first one on, 90% of its fall is done. From the lowest value to the last one, it is
-    above that value by at most 3% of it, and by at most 10% of the fall. Raise UserError if it
-    never falls.
+    From the first one on, 90% of its fall is done. From the lowest value to the last one,
+    it is above that value by at most 3% of it, and by at most 10% of the fall. Raise
+    UserError if it never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
@@ -1465,11 +1477,11 @@ def check_rates(rates):
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
-    This is a generator: loop over it. It continues after the last epoch that was completed.
-    `on_step(step, steps, learning rate, loss)` is called after each step, with the step of
-    the epoch, from 1, and the number of its steps. Reading the loss, a tensor, makes a GPU
-    wait. Each epoch sets the weight decay of groups with "decays" anew. Raise Diverged if a
-    loss is NaN or infinite.
+    This is a generator: loop over it. It continues after the last epoch that was
+    completed. `on_step(step, steps, learning rate, loss)` is called after each step, with
+    the step of the epoch, from 1, and the number of its steps. Reading the loss, a
+    tensor, makes a GPU wait. Each epoch sets the weight decay of groups with "decays"
+    anew. Raise Diverged if a loss is NaN or infinite.
     """
     rates = check_rates(rates)
     if run.epoch >= run.recipe.epochs:
@@ -1480,7 +1492,8 @@ def train_epochs(run, rates, on_step=None):
     decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
     try:
         while run.epoch < run.recipe.epochs:
-            # For each epoch anew: the caller may have loaded a state, which has its own decay.
+            # For each epoch anew: the caller may have loaded a state, which has its own
+            # decay.
             set_weight_decay(run.optimizer, decay)
             run.mid_epoch = True
             row = train_epoch(run, rates, on_step)
@@ -1498,7 +1511,8 @@ def train_epochs(run, rates, on_step=None):
             yield {"epoch": run.epoch, **row, "train_seconds": seconds,
                    "images_per_second": len(run.training.labels) / seconds,
                    "elapsed_seconds": run.seconds}
-            started = time.perf_counter()  # what the caller does with a row does not count
+            # What the caller does with a row does not count.
+            started = time.perf_counter()
     finally:
         run.graph = None  # Python's next garbage collection frees its memory
 
@@ -1524,12 +1538,13 @@ def train_epoch(run, rates, on_step=None):
         correct += correct_in_batch
         if on_step:
             on_step(number, steps, lr, loss)
-    losses = torch.stack(losses).cpu().double()  # only here does a GPU have to finish
-    sizes = torch.tensor(sizes, dtype=losses.dtype, device=losses.device)
+    # Only here does a GPU have to finish.
+    batch_losses = torch.stack(losses).cpu().double()
+    batch_sizes = torch.tensor(sizes, dtype=torch.double, device="cpu")
     image_count = len(run.training.labels)
     return {
         "lr": lr,
-        "train_loss": (losses @ sizes / image_count).item(),
+        "train_loss": (batch_losses @ batch_sizes / image_count).item(),
         "train_accuracy": correct.item() / image_count,
     }
 
@@ -1539,10 +1554,10 @@ def train_epoch(run, rates, on_step=None):
 def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
-    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The graph
-    starts all kernels of a forward or backward pass at once. On a GPU without bf16, the
-    kernels themselves are slow, so a graph would gain nothing. A graph could not train layers
-    that were frozen when it was captured.
+    A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The
+    graph starts all kernels of a forward or backward pass at once. On a GPU without bf16,
+    the kernels themselves are slow, so a graph would gain nothing. A graph could not
+    train layers that were frozen when it was captured.
     """
     if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
         return None
@@ -1550,13 +1565,13 @@ def capture_graph(run):
         return None
     if not all(parameter.requires_grad for parameter in run.model.parameters()):
         return None
-    # This frees the memory of earlier graphs, also of other runs. Their objects refer to each
-    # other, so Python would free them only later.
+    # This frees the memory of earlier graphs, also of other runs. Their objects refer to
+    # each other, so Python would free them only later.
     gc.collect()
     images, _ = next(augmented_batches(run, 0))
     before = copy.deepcopy(run.model.state_dict())
-    # The capture has a stream of its own. PyTorch warns of it, also in later steps, but here it
-    # costs nothing.
+    # The capture has a stream of its own. PyTorch warns of it, also in later steps, but
+    # here it costs nothing.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     benchmark_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -1572,7 +1587,8 @@ def capture_graph(run):
                            "try start_run(..., cuda_graph=False)") from error
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
-        run.model.load_state_dict(before)  # warm-up steps have moved BatchNorm's statistics
+        # The capture's own steps have moved BatchNorm's statistics.
+        run.model.load_state_dict(before)
     graph.input_shape = images.shape
     return graph
 
@@ -1583,8 +1599,9 @@ TRAIN_IMAGES = 50_000  # in CIFAR-10
 GOALS = (0.90, 0.94)  # accuracies; a report says when they were reached
 
 IN_NOTEBOOK = "ipykernel" in sys.modules  # this process is the kernel of a notebook
-# This code was pasted into a cell, so it shares the notebook's names, such as get_ipython. A
-# file under `%run -i` shares them, too, but its sys.argv[0] is its __file__.
+# This code was pasted into a cell, so it shares the notebook's names, such as
+# get_ipython. A file under `%run -i` shares them, too, but its sys.argv[0] is its
+# __file__.
 IS_PASTED = (IN_NOTEBOOK and "get_ipython" in globals()
              and globals().get("__file__") != sys.argv[0])
 
@@ -1764,8 +1781,8 @@ def options_of_seed(options, seed):
 def temporary_file(path):
     """Yield two paths on the same disk: of a temporary file, and of the file to be written.
 
-    At the end, the temporary file is deleted if it is still there. An OSError, also one in the
-    `with` block, becomes a UserError.
+    At the end, the temporary file is deleted if it is still there. An OSError, also one
+    in the `with` block, becomes a UserError.
     """
     target = Path(path).resolve()  # of a symbolic link, the file that it points to
     try:
@@ -1787,7 +1804,8 @@ def check_writable(path):
 
 def write_file(path, save):
     """Write what `save(file)` writes, whole or not at all. Raise UserError if that fails."""
-    content = io.BytesIO()  # on a full disk, torch.save would raise another error than OSError
+    # In memory first: on a full disk, torch.save would raise another error than OSError.
+    content = io.BytesIO()
     save(content)
     with temporary_file(path) as (temporary, target):
         temporary.write_bytes(content.getbuffer())
@@ -1797,8 +1815,8 @@ def write_file(path, save):
 def save_weights(path, run, classes):
     """Write the weights of a ResNet and all else that is needed to classify images.
 
-    Raise ValueError for another network, also of a subclass: `load_weights` would not know
-    how to make it. Each class of the run needs a name.
+    Raise ValueError for another network, also of a subclass: `load_weights` would not
+    know how to make it. Each class of the run needs a name.
     """
     if type(run.model) is not ResNet:
         raise ValueError("save_weights is for the built-in network. Save that of your own "
@@ -1810,7 +1828,8 @@ def save_weights(path, run, classes):
     recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
         "recipe": dataclasses.asdict(recipe),
-        "classes": [str(name) for name in classes],  # load_weights would refuse NumPy's strings
+        # load_weights would refuse NumPy's strings.
+        "classes": [str(name) for name in classes],
         "weights": run.averaged.state_dict(),
         "mean": run.mean,
         "std": run.std,
@@ -1857,9 +1876,10 @@ def script_commit():
 
 
 def peak_memory(device):
-    """Return the most bytes that the process used so far, of an NVIDIA GPU or of the memory.
+    """Return the most memory that this process had so far, in bytes.
 
-    Return None on Windows if the run is not on an NVIDIA GPU.
+    It is that of the GPU for a run on an NVIDIA GPU, else that of the computer. On
+    Windows, the latter is None.
     """
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
@@ -2000,7 +2020,8 @@ class Recorder:
         The report's environment stays that of the first process.
         """
         current_environment = self.report["environment"]
-        for section in ("environment", "continued_in", "rates", "lr_sweep", "epochs", "summary"):
+        sections = ("environment", "continued_in", "rates", "lr_sweep", "epochs", "summary")
+        for section in sections:
             self.report[section] = saved[section]
         if self.run.epoch < self.run.recipe.epochs:
             self.report["continued_in"].append(current_environment)
@@ -2072,7 +2093,8 @@ def show_status(text):
     """
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
-        # A longer text would start a new line. In Python 3.10, a terminal may have 0 columns.
+        # A longer text would start a new line. In Python 3.10, a terminal may have 0
+        # columns.
         width = max(0, shutil.get_terminal_size().columns - 1)
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
@@ -2381,7 +2403,8 @@ def choose_rates(run, options):
     else:
         print("sweep    finds the learning rates")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UncertainRates)  # `print_rates` shows the note
+            # `print_rates` shows the note.
+            warnings.simplefilter("ignore", UncertainRates)
             rates = find_rates(run, progress_callback(run, sweeping=True))
         show_status("")
     if options.lr_min:
@@ -2524,7 +2547,8 @@ def run_process():
     if not IN_NOTEBOOK:  # there, %run starts the script in the notebook's own process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if hasattr(sys.stdout, "reconfigure"):
-            # The screen may lack letters of a file's name. A log file gets each line at once.
+            # The screen may lack letters of a file's name. A log file gets each line at
+            # once.
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(sys.argv[1:])
