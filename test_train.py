@@ -223,8 +223,8 @@ def layers_made_by_pytorch(seed):
 
 @pytest.mark.parametrize("name, value", [
     ("epochs", -1), ("epochs", 2.5), ("epochs", 100_001), ("batch_size", 1),
-    ("optimizer", "sgd"), ("optimizer", None), ("muon_lr_factor", 0.0), ("peak_fraction", 1.0),
-    ("annihilation", 0.5), ("beta1", (0.95, 0.85)), ("beta1_peak", 1.5), ("beta2", 1.0),
+    ("optimizer", "sgd"), ("optimizer", None), ("muon_lr_factor", 0.0),
+    ("first_convolution", "sgd"), ("peak_fraction", 1.0), ("annihilation", 0.5), ("beta1", (0.95, 0.85)), ("beta1_peak", 1.5), ("beta2", 1.0),
     ("epsilon", math.nan), ("decay_epochs", math.inf), ("l2", -0.1),
     ("label_smoothing", "0.1"), ("ema_epochs", -0.5), ("logit_scale", 0.0),
     ("initialization", "foo"), ("padding", -1), ("padding_mode", "circular"),
@@ -1984,9 +1984,24 @@ def test_muon_takes_only_convolutions():
     assert any(values is run.model.temperature for values in vectors["params"])
 
 
-def test_muon_refuses_a_network_without_convolutions():
-    with pytest.raises(ValueError, match="muon needs a network with convolutions"):
-        small_run(Recipe(optimizer="muon", batch_size=8), model=linear_network)
+def test_adam_can_take_the_first_convolution_in_place_of_muon():
+    run = muon_run(first_convolution="adam")
+    of_muon, matrices, _ = run.optimizer.param_groups
+    assert [id(values) for values in of_muon["params"]] == [
+        id(run.model[block][0].weight) for block in (1, 2)]
+    assert matrices["params"][0] is run.model[0][0].weight
+
+
+def one_convolution():
+    return nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten())
+
+
+@pytest.mark.parametrize("model, first_convolution", [
+    (linear_network, "muon"), (one_convolution, "adam")])
+def test_muon_refuses_a_network_that_has_no_convolution_for_it(model, first_convolution):
+    recipe = Recipe(optimizer="muon", first_convolution=first_convolution, batch_size=8)
+    with pytest.raises(ValueError, match="no convolution for the optimizer muon"):
+        small_run(recipe, model=model)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -2501,8 +2516,8 @@ def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
     (["--epochs", 2, "--seed", 7], "epochs 1, not 2; seed 0, not 7"),
     (["--holdout", 10], "training_images 100, not 90; holdout 0, not 10"),
     (["--cutout", 3], "cutout 8, not 3"),
-    (["--recipe", "fast"], "optimizer adam, not muon; ema_epochs 0.5, not 0.25; "
-                           "padding 4, not 2; cutout 8, not 0"),
+    (["--recipe", "fast"], "optimizer adam, not muon; first_convolution muon, not adam; "
+                           "ema_epochs 0.5, not 0.25; padding 4, not 2; cutout 8, not 0"),
     (["--lr-max", 0.02], "lr_max 0.01, not 0.02"),
     (["--lr-min", 0.001], "lr_min 0.0001, not 0.001"),
     (["--precision", "bf16"], "precision fp32, not bf16")])

@@ -109,16 +109,15 @@ def start(values, training, held_out, seed):
     """Return a Run with the values of a run of the study."""
     recipe = train.Recipe(
         epochs=values["epochs"], batch_size=values["batch_size"], optimizer="muon",
-        muon_lr_factor=values["muon_lr"] / LR_MAX, cutout=values["cutout"],
-        padding=values["padding"], label_smoothing=values["label_smoothing"])
+        muon_lr_factor=values["muon_lr"] / LR_MAX, first_convolution=values["first_by"],
+        cutout=values["cutout"], padding=values["padding"],
+        label_smoothing=values["label_smoothing"])
     loss = None
     if values["mixed"]:
         loss = mixed_cross_entropy(values["mixed"], torch.Generator().manual_seed(seed))
     run = train.start_run(
         recipe, training, train.take_images(held_out, slice(WATCHED)), seed, device="cpu",
         precision=values["precision"], model=HalfResNet, loss=loss)
-    if values["first_by"] == "adam":
-        studies.give_first_convolution_to_adam(run)
     train.whiten_patches(run.model, run.training.images[:1000])
     return run
 

@@ -144,7 +144,8 @@ NEWEST_CASES = {
     "narrow-adamw-16-epochs": Case(rate=0.016, epochs=16, model=narrow_resnet,
                                    optimizer=AdamW),
     "narrow-rmsprop": Case(rate=0.008, model=narrow_resnet, optimizer=rmsprop),
-    "recipe-muon": Case(rate=0.06, epochs=3, recipe=train.RECIPES["fast"], seeds=(0,)),
+    "recipe-muon": Case(rate=0.06, epochs=3, seeds=(0,), recipe=dataclasses.replace(
+        train.RECIPES["fast"], first_convolution="muon")),
     "perceptron-nesterov": Case(rate=0.05, images=2_500, model=perceptron,
                                 optimizer=nesterov),
     "vit-nesterov": Case(rate=0.1, images=2_500, model=small_vit, optimizer=nesterov),

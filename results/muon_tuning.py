@@ -73,7 +73,6 @@ def train_run(values, training, held_out, seed):
         peak_fraction=values["peak_fraction"], ema_epochs=values["ema_epochs"])
     run = train.start_run(recipe, training, held_out, seed, device="cpu", precision="fp32",
                           model=NarrowResNet)
-    studies.give_first_convolution_to_adam(run)
     # Now, for the commit: train.py may be edited during the training.
     environment = train.describe_environment(run)
     rates = train.Rates(values["adam_lr"] / train.LR_RATIO, values["adam_lr"])

@@ -129,15 +129,6 @@ class Study:
             print(name, "done", flush=True)
 
 
-def give_first_convolution_to_adam(run):
-    """Let Adam update the weight of the first convolution, in place of Muon.
-
-    train.py did so when the first studies were made.
-    """
-    muon_group, adam_group, _ = run.optimizer.param_groups
-    adam_group["params"].append(muon_group["params"].pop(0))
-
-
 # ---- Fractional factorials: two values of each factor, and not all combinations -----------
 
 def fractional_factorial(factors, parities):

@@ -68,7 +68,7 @@ TABLES = {
         ("none | two CPU cores", "default/seed*"),
         ("`--precision fp16` | H100", "h100/fp16-seed*"),
         ("`--recipe best` | two CPU cores", "best/seed*"),
-        ("`--recipe fast` (before commit 5bb6a2a) | two CPU cores", "fast/seed*"),
+        ("`--recipe fast` | two CPU cores", "fast/seed*"),
         ("`--recipe plain` | H100", "h100/plain-seed*"),
         ("`--recipe plain` | two CPU cores", "letter/plain-seed*"),
         ("`--epochs 10` | H100", "h100/ten-epochs-seed*"),
@@ -79,9 +79,13 @@ TABLES = {
         ("0.12 | 0.28 (7/3)", "fast/holdout-lr-max-0.12-seed*"),
         ("0.06 | 0.10 (5/3)", "fast/holdout-factor-5-3-seed*"),
     ]),
-    "fast-factors": ("Muon's rate / Adam's", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
-        ("7/3 (commit 6b6176f)", "fast/factor-7-3-seed*"),
-        ("5/3", "fast/seed*"),
+    "fast-runs": ("first convolution by | Muon's rate / Adam's", [
+        "LRMAX", "accuracy", "flip TTA", "seeds",
+    ], [
+        ("Adam (commit 6b6176f) | 7/3", "fast/factor-7-3-seed*"),
+        ("Adam | 5/3", "fast/seed*"),
+        ("Adam, seed 0 with today's code | 5/3", "fast/again-seed*"),
+        ("Muon (commit 733e041) | 5/3", "fast/muon-first-seed*"),
     ]),
     "best": ("first convolution by | Muon's rate / Adam's | label smoothing", [
         "LRMAX", "accuracy", "flip TTA", "90% at epoch", "94% at epoch", "seeds",
@@ -92,7 +96,7 @@ TABLES = {
     ]),
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
-        ("the same, without bf16", "first-look/fast-fp32-seed*"),
+        ("the same, with `--precision fp32`", "first-look/fast-fp32-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
@@ -114,7 +118,7 @@ TABLES = {
          "--annihilation 10000`", "letter/plain-l2-annihilation"),
         ("[Page]: 94.08, [Wind]: 94.02 (n=40), with SGD | none (H100)", "h100/default-seed*"),
         ("[99991]: 94.1 with TTA (n=100), SGD, 10 epochs; [airbench94_muon]: 94.01 with TTA "
-         "(n=200), 8 epochs | `--recipe fast` (before commit 5bb6a2a)", "fast/seed*"),
+         "(n=200), 8 epochs | `--recipe fast`", "fast/seed*"),
     ]),
     "sweeps": ("batch size", [
         "LRMAX found", "ours", "steepest", "minimum / 10", "valley",
@@ -123,7 +127,7 @@ TABLES = {
         ("512", "sweeps/batch-512-bf16-two-epochs-seed*"),
         ("1024", "sweeps/batch-1024-bf16-seed*"),
         ("512, whole runs on the H100", "h100/default-seed*"),
-        ("512, whole runs with `--recipe fast` (before commit 5bb6a2a)", "fast/seed*"),
+        ("512, whole runs with `--recipe fast`", "fast/seed*"),
         ("the same, with Muon's factor 7/3", "fast/factor-7-3-seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "flip TTA", "seeds"], [
