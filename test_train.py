@@ -224,7 +224,8 @@ def layers_made_by_pytorch(seed):
 @pytest.mark.parametrize("name, value", [
     ("epochs", -1), ("epochs", 2.5), ("epochs", 100_001), ("batch_size", 1),
     ("optimizer", "sgd"), ("optimizer", None), ("muon_lr_factor", 0.0),
-    ("first_convolution", "sgd"), ("peak_fraction", 1.0), ("annihilation", 0.5), ("beta1", (0.95, 0.85)), ("beta1_peak", 1.5), ("beta2", 1.0),
+    ("first_convolution", "sgd"), ("peak_fraction", 1.0), ("annihilation", 0.5),
+    ("beta1", (0.95, 0.85)), ("beta1_peak", 1.5), ("beta2", 1.0),
     ("epsilon", math.nan), ("decay_epochs", math.inf), ("l2", -0.1),
     ("label_smoothing", "0.1"), ("ema_epochs", -0.5), ("logit_scale", 0.0),
     ("initialization", "foo"), ("padding", -1), ("padding_mode", "circular"),

@@ -44,7 +44,7 @@ VALUES_OF_SEEDS = {
     # Twins but for the first convolution, on a machine without bf16.
     11: (0.07, 8, 0.1, 4, "adam", 0, 256, 24, "fp32"),
     12: (0.07, 8, 0.1, 4, "muon", 0, 256, 24, "fp32"),
-    # The constants of `fast`.
+    # The constants of `fast`, but 14 and 17 have Muon for the first convolution.
     13: (0.1, 0, 0.2, 2, "adam", 0, 128, 6, "fp32"),
     14: (0.1, 0, 0.2, 2, "muon", 0, 128, 6, "fp32"),
     15: (0.1, 0, 0.2, 2, "adam", 0, 128, 6, "fp32"),

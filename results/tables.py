@@ -84,7 +84,7 @@ TABLES = {
     ], [
         ("Adam (commit 6b6176f) | 7/3", "fast/factor-7-3-seed*"),
         ("Adam | 5/3", "fast/seed*"),
-        ("Adam, seed 0 with today's code | 5/3", "fast/again-seed*"),
+        ("Adam, seed 0 again (commit b07b2e7) | 5/3", "fast/again-seed*"),
         ("Muon (commit 733e041) | 5/3", "fast/muon-first-seed*"),
     ]),
     "best": ("first convolution by | Muon's rate / Adam's | label smoothing", [
