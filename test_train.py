@@ -3379,12 +3379,16 @@ def another_value(field, recipe):
     return min(set(allowed) - {getattr(recipe, field.name)})
 
 
+CONSTANTS_OF_MUON = ("muon_lr_factor", "first_convolution")
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_each_constant_is_an_option_that_changes_the_chosen_recipe(field):
-    chosen = train.RECIPES["plain"]
+    name = "best" if field.name in CONSTANTS_OF_MUON else "plain"
+    chosen = train.RECIPES[name]
     value = another_value(field, chosen)
     option = f"--{field.name.replace('_', '-')}"
-    recipe, options = train.parse_arguments(["--recipe", "plain", option, str(value)])
+    recipe, options = train.parse_arguments(["--recipe", name, option, str(value)])
     assert recipe != chosen
     assert recipe == dataclasses.replace(chosen, **{field.name: value})
     assert not hasattr(options, field.name)  # the report has each constant once
@@ -3418,6 +3422,10 @@ def test_an_option_may_be_typed_with_underscores():
     ("--lr-max nan", "lr_max must be a number from 1e-30 to 1e+30, got nan"),
     ("--lr-min 0.1 --lr-max 0.01", "lr_min must be a number from 1e-30 to 0.01, got 0.1"),
     ("--optimizer muon --l2 0.1", "l2 must be 0 with optimizer muon"),
+    ("--muon-lr-factor 2",
+     "muon_lr_factor is for the optimizer muon, but that of this run is adam"),
+    ("--recipe best --optimizer adam --first-convolution adam",
+     "first_convolution is for the optimizer muon, but that of this run is adam"),
     ("--flips never", "--flips: invalid choice: 'never'"),
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),

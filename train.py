@@ -1728,13 +1728,19 @@ def take_recipe(options):
     """Return the Recipe that the options name.
 
     Its constants are deleted from `options`, so that the report has each of them once.
+    Raise ValueError for a constant that is not allowed, or for one of Muon's without Muon.
     """
     names = [field.name for field in dataclasses.fields(Recipe)]
     constants = {name: vars(options).pop(name) for name in names if name in options}
     if constants.get("batch_size"):  # 0 leaves the choice to `fill_in_batch_size`
         image_count = options.subset - options.holdout
         check_value("batch_size", constants["batch_size"], (2, image_count))
-    return dataclasses.replace(RECIPES[options.recipe], **constants)
+    recipe = dataclasses.replace(RECIPES[options.recipe], **constants)
+    for name in ("muon_lr_factor", "first_convolution"):
+        if name in constants and recipe.optimizer != "muon":
+            raise ValueError(f"{name} is for the optimizer muon, but that of this run is "
+                             f"{recipe.optimizer}. Add --optimizer muon")
+    return recipe
 
 
 def split_ending(path):
