@@ -74,8 +74,7 @@ if torch.__version__ < (2, 7):  # a TorchVersion, which compares with tuples
 
 # ---- Recipe: each field becomes an option of the command line -------------------------
 
-# The random numbers of later epochs are for the sweep, see SWEEP_EPOCH.
-MAX_EPOCHS = 100_000
+MAX_EPOCHS = 100_000  # below SWEEP_EPOCH
 
 
 def recipe_field(default, allowed, help):
@@ -111,7 +110,9 @@ class Recipe:
     """The constants (hyperparameters) of a run.
 
     `Recipe()` is the tuned recipe; RECIPES has the others. `Recipe(label_smoothing=0.1)`
-    changes one constant. A value that is not allowed raises ValueError.
+    changes one constant. A value that is not allowed raises ValueError. The learning rate
+    rises from LRMIN to LRMAX, its peak, and falls back. Both are found by a sweep, so
+    they are no constants of the recipe, see `Rates`.
     """
     epochs: int = recipe_field(24, (0, MAX_EPOCHS), "passes over the training images")
     batch_size: int = recipe_field(
@@ -119,9 +120,9 @@ class Recipe:
     optimizer: str = recipe_field(
         "adam", ("adam", "muon"), "muon: Muon for the convolutions, Adam for the rest")
     muon_lr_factor: float = recipe_field(
-        5 / 3, (1e-6, 1e6), "with muon: Muon's learning rate divided by Adam's")
-    # With Muon for the first convolution, our one run of 6 epochs ended lower than those
-    # with Adam. In 24 epochs, Muon seems better there.
+        5 / 3, (1e-6, 1e6), "with muon: Muon's learning rate is Adam's times this")
+    # In 24 epochs, Muon seems better there. In 6, our one run with Muon there ended lower
+    # than those with Adam.
     first_convolution: str = recipe_field(
         "muon", ("muon", "adam"), "with muon: the optimizer of the first convolution")
     peak_fraction: float = recipe_field(
@@ -173,9 +174,9 @@ class Recipe:
             raise ValueError("l2 must be 0 with optimizer muon, which has no L2 term")
 
 
-# "fast" shows each image only 6 times, so it augments less. A shorter run has a shorter
-# EMA. "best" has the same epochs as "tuned", and Muon. "plain" is the recipe of a course.
-# Where the course names no value, "plain" mostly has PyTorch's default.
+# "fast" shows each image only 6 times, so it augments less, and its EMA is shorter.
+# "plain" is the recipe of a course, The School of AI. Where the course names no value,
+# "plain" mostly has PyTorch's default.
 RECIPES = {
     "tuned": Recipe(),
     "fast": Recipe(epochs=6, optimizer="muon", first_convolution="adam", padding=2, cutout=0,
@@ -380,7 +381,7 @@ def count_steps(image_count, batch_size):
     """Return the number of steps in an epoch.
 
     The last batch has the images that are left. If only one is left, it joins the batch
-    before, because BatchNorm cannot normalize one value alone.
+    before, because BatchNorm normalizes with the statistics of a batch.
     """
     return max(1, math.ceil((image_count - 1) / batch_size))
 
@@ -462,7 +463,7 @@ def augment_images(recipe, padded, mirrored, generator):
 
     height = padded.shape[-2] - 2 * recipe.padding
     width = padded.shape[-1] - 2 * recipe.padding
-    offsets = 2 * recipe.padding + 1  # as many choices in each direction
+    offsets = 2 * recipe.padding + 1  # from 0 to 2 x padding, in each direction
     images = crop_images(padded, draw(offsets), draw(offsets), height, width)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     hole_top = draw(height - recipe.cutout + 1)
@@ -543,6 +544,12 @@ class ResNet(nn.Module):
         return self.head(self.pool(x)) * self.logit_scale
 
 
+def convolution_weights(model):
+    """Return the weights of all convolutions (Conv2d), each once, in the model's order."""
+    weights = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)}
+    return [parameter for parameter in model.parameters() if parameter in weights]
+
+
 def pass_input_on(model):
     """Let every convolution but the first begin by passing its input on.
 
@@ -550,9 +557,9 @@ def pass_input_on(model):
     on. Its other filters stay random. So the untrained network already carries the image
     to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
     """
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    for convolution in convolutions[1:]:  # the first one is for `whiten_patches`
-        nn.init.dirac_(convolution.weight[:convolution.in_channels])
+    for weight in convolution_weights(model)[1:]:  # the first one is for `whiten_patches`
+        input_channels = weight.shape[1]
+        nn.init.dirac_(weight[:input_channels])
 
 
 @torch.no_grad()
@@ -575,6 +582,7 @@ def whiten_patches(model, images):
 
 # ---- Optimizers: Adam, and Muon (K. Jordan, Muon: An optimizer for hidden layers, 2024)
 
+# results/muon_tuning.py compared these two with higher values.
 MUON_MOMENTUM = 0.6
 NEWTON_SCHULZ_STEPS = 3
 
@@ -601,12 +609,12 @@ def orthogonalize(matrix, dtype=torch.float32):
 def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     """Take one step of Muon on a convolution's weight (out, in, height, width), in place.
 
-    First, `momentum`, the fading sum of all gradients, is updated in place; it has the
-    shape of `weight`. The gradient plus a part of it is seen as a matrix
-    (out, in x height x width), and replaced by a matrix close to it whose singular values
-    are near 1. Then the weight is scaled to a fixed norm, and `lr` times that matrix is
-    subtracted. So the weight moves about equally far in all directions of the matrix.
-    `dtype` is that of the matrix products.
+    `momentum`, the fading sum of all gradients, has the shape of `weight` and is updated
+    in place, too. The gradient plus a part of the momentum is seen as a matrix
+    (out, in x height x width). The step is a matrix close to this one whose singular
+    values are near 1, times `lr`. So the weight moves about equally far in all directions
+    of the matrix. Before the step, the weight is scaled to a fixed norm. `dtype` is that
+    of the matrix products.
     """
     momentum.mul_(MUON_MOMENTUM).add_(gradient)
     combined = gradient + MUON_MOMENTUM * momentum  # Nesterov's
@@ -657,12 +665,6 @@ class Muon(torch.optim.Optimizer):
             muon_step(weight, weight.grad, state["momentum"], muon_group["lr"], self.dtype)
 
 
-def convolution_weights(model):
-    """Return the weights of all convolutions (Conv2d), each once, in the model's order."""
-    weights = {layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)}
-    return [parameter for parameter in model.parameters() if parameter in weights]
-
-
 def make_optimizer(recipe, model, dtype):
     """Return the optimizer that the recipe names, for all parameters of the model.
 
@@ -682,10 +684,9 @@ def make_optimizer(recipe, model, dtype):
     decayed = [parameter for parameter in rest if parameter.ndim > 1]
     # Biases, and the weights of BatchNorms.
     spared = [parameter for parameter in rest if parameter.ndim <= 1]
-    # PyTorch's `weight_decay` has two meanings. With `l2`, it is the L2 term, the same
-    # for all parameters. Else it is a weight decay, and 0 here, because LRMAX is not
-    # known yet: `set_weight_decay` sets it in the groups whose "decays", a key of our
-    # own, is true. It spares biases and BatchNorms.
+    # "decays" is a key of our own. `set_weight_decay` sets the weight decay where it is
+    # true, once LRMAX is known; until then it is 0. With `l2`, PyTorch's `weight_decay`
+    # is an L2 term instead, the same for all parameters.
     groups = [{"params": decayed, "decays": True}, {"params": spared, "decays": False}]
     # `train_step` sets the learning rate and the first beta.
     adam = torch.optim.Adam(
@@ -789,7 +790,7 @@ class Run:
     epoch: int = 0  # epochs trained
     mid_epoch: bool = False  # an epoch or a sweep was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
-    graph_is_free: bool = False  # `forward` may use the graph, see `compute_loss`
+    may_use_graph: bool = False  # `forward` may use the graph, see `compute_loss`
 
     @property
     def dtype(self):
@@ -814,15 +815,15 @@ class Run:
         network = self.model
         if self.graph_fits(images):
             network = self.graph
-            self.graph_is_free = False
+            self.may_use_graph = False
         with self.autocast():
             logits = network(images)
         self.check_logits(logits)
         return logits.float()
 
     def graph_fits(self, images):
-        """Tell whether there is a CUDA graph that is free and can take these images."""
-        if self.graph is None or not self.graph_is_free:
+        """Tell whether there is a CUDA graph that may be used and can take these images."""
+        if self.graph is None or not self.may_use_graph:
             return False
         # It was captured in training mode, and it computes no gradients of the images.
         if not self.model.training or images.requires_grad:
@@ -832,15 +833,14 @@ class Run:
     def compute_loss(self, images, labels):
         """Return what `loss` returns for a step: the loss and the logits.
 
-        The CUDA graph is free for the first forward pass alone. A second one, in the loss
-        or in a hook of the step, would overwrite what the backward pass of the first one
-        needs.
+        Only the first forward pass may use the CUDA graph. A second one, in the loss or in
+        a hook of the step, would overwrite what the backward pass of the first one needs.
         """
-        self.graph_is_free = True
+        self.may_use_graph = True
         try:
             return self.loss(self, images, labels)
         finally:
-            self.graph_is_free = False
+            self.may_use_graph = False
 
     def check_logits(self, logits):
         """Raise ValueError if an image has fewer logits than there are classes."""
@@ -1176,16 +1176,16 @@ def train_step(run, images, labels, lr, beta1):
 
 
 def update_average(run, step):
-    """Update the averaged weights after `step` (from 1).
+    """Update the averaged weights after `step` of the run (from 1).
 
     They are a plain mean in the first `ema_epochs`, then an exponential moving average.
     If `ema_epochs` is 0, they are the latest weights.
     """
     ema_steps = max(1, run.recipe.ema_epochs * run.steps_per_epoch)
-    share = 1 / min(step, ema_steps)  # of the newest weights in the average
+    decay = 1 - 1 / min(step, ema_steps)  # share of the earlier weights in the average
     # PyTorch's AveragedModel averages all buffers or none. Here, BatchNorm's statistics
     # are averaged, but masks and counts are copied, see `copy_other_buffers`.
-    update = get_ema_multi_avg_fn(1 - share)
+    update = get_ema_multi_avg_fn(decay)
     # PyTorch does not use the third argument.
     update(tensors_to_average(run.averaged), tensors_to_average(run.model), None)
 
@@ -1222,6 +1222,17 @@ class Rates(NamedTuple):
     note: str | None = None  # why they are uncertain, if they are
 
 
+def check_rates(rates):
+    """Return Rates of Python's numbers. Raise ValueError if they cannot be trained with."""
+    lr_min, lr_max = rates[:2]
+    # torch.load would refuse NumPy's numbers in a saved state.
+    rates = Rates(float(lr_min), float(lr_max))
+    if not 0 < rates.lr_min <= rates.lr_max:
+        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
+                         f"which is {rates.lr_max:.3g}")
+    return rates
+
+
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
     """Return a value that changes linearly from `start` to `peak` and then to `end`.
 
@@ -1254,11 +1265,10 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# The smoothed loss of a sweep falls, then it is low, then it rises. It is low while it is
-# above its lowest value by at most FALL_PART of its fall, and, after the lowest value,
-# also by at most RISE of that value.
-FALL_PART = 0.1
-RISE = 0.03
+# The smoothed loss of a sweep falls, then it is low, then it rises. These two say how far
+# above its lowest value it still is low, see `sweep_edges`.
+FALL_PART = 0.1  # of its fall
+RISE = 0.03  # of its lowest value
 # A short training with Adam cannot recover from high rates. These two numbers were fitted
 # to the cases of results/finder.py.
 SHORT_TRAINING_POWER = 0.6
@@ -1367,9 +1377,9 @@ def smooth_losses(losses, steps_per_decade):
 
 
 def is_adam(optimizer):
-    """Tell whether Adam or a relative of it trains all parameters: each group has betas.
+    """Tell whether each group of parameters has betas, as those of Adam and AdamW have.
 
-    So AdamW is one, but SGD is not, and Muon, which has Adam for a part, is not.
+    The groups of SGD have none, nor has the first group of our Muon.
     """
     return all("betas" in group for group in optimizer.param_groups)
 
@@ -1471,17 +1481,6 @@ def evaluate_run(run, tta=False):
             "test_seconds": time.perf_counter() - started}
 
 
-def check_rates(rates):
-    """Return Rates of Python's numbers. Raise ValueError if they cannot be trained with."""
-    lr_min, lr_max = rates[:2]
-    # torch.load would refuse NumPy's numbers in a saved state.
-    rates = Rates(float(lr_min), float(lr_max))
-    if not 0 < rates.lr_min <= rates.lr_max:
-        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
-                         f"which is {rates.lr_max:.3g}")
-    return rates
-
-
 def train_epochs(run, rates, on_step=None):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
@@ -1536,16 +1535,16 @@ def train_epoch(run, rates, on_step=None):
     losses = []
     sizes = []
     correct = 0
-    for number, (images, labels) in enumerate(augmented_batches(run, run.epoch + 1), start=1):
-        step = steps_before + number  # of the run, from 1
-        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step - 1, steps)
+    for step, (images, labels) in enumerate(augmented_batches(run, run.epoch + 1)):
+        step_of_run = steps_before + step
+        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step_of_run, steps)
         loss, correct_in_batch = train_step(run, images, labels, lr, beta1)
-        update_average(run, step)
+        update_average(run, step_of_run + 1)
         losses.append(loss)
         sizes.append(len(labels))
         correct += correct_in_batch
         if on_step:
-            on_step(number, steps, lr, loss)
+            on_step(step + 1, steps, lr, loss)
     # Only here does a GPU have to finish.
     batch_losses = torch.stack(losses).cpu().double()
     batch_sizes = torch.tensor(sizes, dtype=torch.double, device="cpu")
