@@ -710,8 +710,8 @@ def test_one_cycle_against_pytorch_at_every_step(recipe, steps_per_epoch):
             scheduler.step()
 
 
-# A sweep of nine learning rates. The loss falls from 3 to 1. At 1e-6, it has fallen by more
-# than 90% of that. It is lowest at 1e-4, and stays within 3% of its minimum up to 0.1.
+# A sweep of nine learning rates. The loss falls from 3 to 1. It is lowest at 1e-4, and stays
+# within 3% of its minimum up to 0.1.
 SWEPT_RATES = [10.0 ** exponent for exponent in range(-8, 1)]
 SWEPT_LOSSES = [3.0, 2.9, 1.02, 1.04, 1.0, 1.02, 1.025, 1.01, 1.6]
 
@@ -721,20 +721,13 @@ def swept_losses_with(changed):
     return [changed.get(i, loss) for i, loss in enumerate(SWEPT_LOSSES)]
 
 
-# The geometric mean of 1e-6 and 0.1, the first and the last rate with a low loss.
-MIDDLE = 10 ** -3.5
-
-
 @pytest.mark.parametrize("losses, adam_steps, lr_max", [
     # Twice the last rate before the loss rises by 3%: without Adam, and in a long training.
     (SWEPT_LOSSES, 0, 2 * 0.1),
-    (SWEPT_LOSSES, 10**12, 2 * 0.1),
-    # In a short training with Adam, near the middle of the rates with a low loss.
-    (SWEPT_LOSSES, 1, MIDDLE / 9),
-    (SWEPT_LOSSES, 32, 8 / 9 * MIDDLE),
-    (SWEPT_LOSSES, 1024, 64 / 9 * MIDDLE),
-    # The loss is low where it is below a tenth of its fall: here, below 1 + (3 - 1) / 10.
-    (swept_losses_with({2: 1.21}), 32, 8 / 9 * 1e-3),
+    (SWEPT_LOSSES, 700, 2 * 0.1),
+    # In a short training with Adam, this rate itself.
+    (SWEPT_LOSSES, 1, 0.1),
+    (SWEPT_LOSSES, 699, 0.1),
     # After the first rise, here at 0.01, the sweep is read no further.
     (swept_losses_with({6: 1.04}), 0, 2 * 1e-3),
     # After a small fall, a tenth of it is the rise: here 0.02, while 3% are 0.03.
@@ -842,7 +835,7 @@ def test_the_rates_of_a_sweep_have_its_record(monkeypatch):
 @pytest.mark.parametrize("make_optimizer, adam_steps", [
     (None, 24), (torch.optim.AdamW, 24), (torch.optim.NAdam, 24), (torch.optim.SGD, 0),
     (muon_and_adam, 0)])
-def test_the_limit_for_short_trainings_is_for_adam_and_its_relatives_alone(
+def test_short_trainings_have_a_lower_rate_with_adam_and_its_relatives_alone(
         monkeypatch, make_optimizer, adam_steps):
     rates = sweep_of(monkeypatch, 1, usual_loss, make_optimizer).rates
     sweep = rates.sweep
@@ -3180,7 +3173,6 @@ def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them(
     assert ([0.01, 0.02, 0.03, 1.0], [2.0, 1.2, 1.0, 3.0]) in lines
     assert ([0.01, 0.02, 0.03, 1.0], [2.0, 1.51, 1.5, 2.0]) in lines
     positions = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert positions["90% of the fall"] == [0.02]
     assert positions["last rate before the rise"] == [0.03]
     assert ([0.0002, 0.0002], [0, 1]) in lines
     assert ([0.06, 0.06], [0, 1]) in lines

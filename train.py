@@ -1265,14 +1265,13 @@ LR_RATIO = 300  # LRMAX / LRMIN
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# The smoothed loss of a sweep falls, then it is low, then it rises. These two say how far
-# above its lowest value it still is low, see `sweep_edges`.
-FALL_PART = 0.1  # of its fall
-RISE = 0.03  # of its lowest value
-# A short training with Adam cannot recover from high rates. These two numbers were fitted
-# to the cases of results/finder.py.
-SHORT_TRAINING_POWER = 0.6
-SHORT_TRAINING_DIVISOR = 9
+# After its lowest value, the smoothed loss of a sweep is low until it has risen by one of
+# these two, see `last_low_step`.
+RISE = 0.03  # of the lowest value
+FALL_PART = 0.1  # of the fall to this value
+# Training with Adam for fewer steps than this is better at half of the usual LRMAX, as the
+# cases of results/finder.py show. Nothing between 528 and 980 steps was measured.
+SHORT_TRAINING = 700
 
 
 def find_rates(run, on_step=None):
@@ -1305,7 +1304,6 @@ def find_rates(run, on_step=None):
         run.graph = None  # Python's next garbage collection frees its memory
         run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
-    # With 0 steps, LRMAX has no limit.
     adam_steps = run.recipe.epochs * steps_per_epoch if is_adam(run.optimizer) else 0
     lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
     note = why_uncertain(smoothed)
@@ -1387,27 +1385,23 @@ def is_adam(optimizer):
 def read_sweep(lrs, smoothed, adam_steps):
     """Return LRMIN and LRMAX for a training with so many steps of Adam.
 
-    The loss is low from a first to a last rate, which `sweep_edges` finds. LRMAX is twice
-    the last one, because smoothing makes the rise appear too early. But with Adam, it is
-    at most sqrt(first rate x last rate) x steps^0.6 / 9, so that a short training has a
-    lower one. If `adam_steps` is 0, there is no such limit. LRMAX is also at most the
-    last rate of the sweep.
+    LRMAX is twice the last rate at which the loss is low, because smoothing makes the
+    rise appear too early. Adam cannot recover from high rates in a short training, so
+    there it is that rate alone. With another optimizer, `adam_steps` is 0. LRMAX is also
+    at most the last rate of the sweep.
     """
-    first, last = sweep_edges(smoothed)
-    lr_max = min(2 * lrs[last], lrs[-1])
-    if adam_steps:
-        middle = math.sqrt(lrs[first] * lrs[last])
-        limit = middle * adam_steps ** SHORT_TRAINING_POWER / SHORT_TRAINING_DIVISOR
-        lr_max = min(lr_max, limit)
+    last = last_low_step(smoothed)
+    is_short = 0 < adam_steps < SHORT_TRAINING
+    factor = 1 if is_short else 2
+    lr_max = min(factor * lrs[last], lrs[-1])
     return lr_max / LR_RATIO, lr_max
 
 
-def sweep_edges(smoothed):
-    """Return the first and the last step at which a sweep's smoothed loss is low.
+def last_low_step(smoothed):
+    """Return the last step at which a sweep's smoothed loss is low.
 
-    From the first one on, 90% of its fall is done. From the lowest value to the last one,
-    it is above that value by at most 3% of it, and by at most 10% of the fall. Raise
-    UserError if it never falls.
+    From its lowest value to this step, it is above that value by at most 3% of it, and by
+    at most 10% of its fall. Raise UserError if it never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:
@@ -1415,20 +1409,17 @@ def sweep_edges(smoothed):
                         "Choose LRMAX yourself: --lr-max 0.05 is a good start for our network "
                         "and recipe.\nIn a script, that is train.Rates(0.05 / 300, 0.05).")
     minimum = smoothed[lowest]
-    part_of_fall = FALL_PART * (smoothed[0] - minimum)
-    first = lowest
-    while smoothed[first - 1] <= minimum + part_of_fall:  # ends, as smoothed[0] is higher
-        first -= 1
-    highest_low_loss = minimum + min(RISE * minimum, part_of_fall)
+    fall = smoothed[0] - minimum
+    highest_low_loss = minimum + min(RISE * minimum, FALL_PART * fall)
     last = lowest
     while last + 1 < len(smoothed) and smoothed[last + 1] <= highest_low_loss:
         last += 1
-    return first, last
+    return last
 
 
 def why_uncertain(smoothed):
     """Return why a sweep's LRMAX is uncertain, and what to try; None if it is not."""
-    _, last = sweep_edges(smoothed)
+    last = last_low_step(smoothed)
     advice = "Try a quarter, half, twice and four times this LRMAX, too"
     if last + 1 == len(smoothed):
         return f"the loss of the sweep did not rise, so LRMAX is uncertain. {advice}"
@@ -2238,9 +2229,7 @@ def plot_sweep(figure, report):
     axes.semilogx(lrs, smoothed, color="tab:blue", label="smoothed")
     axes.axvline(lr_min, color="tab:green", linestyle="--", label=f"LRMIN {lr_min:.3g}")
     axes.axvline(lr_max, color="tab:red", linestyle="--", label=f"LRMAX {lr_max:.3g}")
-    first, last = sweep_edges(smoothed)
-    axes.plot(lrs[first], smoothed[first], "s", color="tab:red",
-              label=f"{1 - FALL_PART:.0%} of the fall")
+    last = last_low_step(smoothed)
     axes.plot(lrs[last], smoothed[last], "o", color="tab:red",
               label="last rate before the rise")
     # After divergence, the loss is so high that all else would look flat.

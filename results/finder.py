@@ -113,8 +113,8 @@ class Case:
 
 
 AdamW = torch.optim.AdamW  # with PyTorch's epsilon, 1e-8
-# Three groups, in the order in which they were measured. README.md says how each of them
-# entered the choice of the rule.
+# Groups, in the order in which they were measured. README.md says how each of them entered
+# the choice of the rule.
 FIRST_CASES = {
     "narrow": Case(rate=0.06, model=narrow_resnet),
     "narrow-adamw": Case(rate=0.016, model=narrow_resnet, optimizer=AdamW),
@@ -151,7 +151,19 @@ NEWEST_CASES = {
     "vit-nesterov": Case(rate=0.1, images=2_500, model=small_vit, optimizer=nesterov),
     "resnet18-adamw": Case(rate=0.004, images=2_500, model=resnet18, optimizer=AdamW),
 }
-CASES = {**FIRST_CASES, **LATER_CASES, **NEWEST_CASES}
+# These were chosen, and measured, after the rule was.
+TEST_CASES = {
+    "narrow-2-epochs": Case(rate=0.03, epochs=2, model=narrow_resnet),
+    "narrow-24-epochs": Case(rate=0.03, epochs=24, model=narrow_resnet),
+    "vit-12-epochs": Case(rate=0.004, images=2_500, epochs=12, seeds=(0,), model=small_vit,
+                          optimizer=AdamW),
+    "resnet18-6-epochs": Case(rate=0.05, images=2_500, epochs=6, model=resnet18),
+    "perceptron-16-epochs": Case(rate=0.004, images=2_500, epochs=16, model=perceptron,
+                                 optimizer=AdamW),
+    "narrow-adamw-256": Case(rate=0.016, images=10_000, batch_size=256, epochs=5, seeds=(0,),
+                             model=narrow_resnet, optimizer=AdamW),
+}
+CASES = {**FIRST_CASES, **LATER_CASES, **NEWEST_CASES, **TEST_CASES}
 
 
 # ---- Measuring a case --------------------------------------------------------------------
@@ -297,7 +309,7 @@ def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
     groups = {"the first": FIRST_CASES, "the later": LATER_CASES,
-              "the newest": NEWEST_CASES, "all": CASES}
+              "the newest": NEWEST_CASES, "the test": TEST_CASES, "all": CASES}
     for group, cases in groups.items():
         title = f"{group} {len(cases)} cases"
         regrets = []  # a row for each rule

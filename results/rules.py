@@ -35,8 +35,8 @@ def ours(lrs, losses, adam_steps):
     return lr_max
 
 
-def without_limit(lrs, losses, adam_steps):
-    """Return what train.py finds without its limit for short trainings with Adam."""
+def always_twice(lrs, losses, adam_steps):
+    """Return what train.py finds where training is not short, or not with Adam."""
     return ours(lrs, losses, 0)
 
 
@@ -93,7 +93,7 @@ def valley(lrs, losses, adam_steps):
 
 RULES = {
     "ours": ours,
-    "ours without limit": without_limit,
+    "always 2 x high": always_twice,
     "steepest": steepest,
     "minimum / 10": tenth_of_minimum,
     "valley": valley,
