@@ -9,22 +9,24 @@
 How to read this file: it has two halves. The method comes first, then the program around
 it: command line, files, screen, figures, and `main`. The method in calls:
 
-    start_run                    checks the data, makes network and optimizer: a Run
-    find_rates                   the sweep, which finds the learning rates
-        train_step               one optimizer step
-    train_epochs                 a row of metrics for each epoch
+    start_run                       a Run: data on the device, network and optimizer
+        ResNet
+        make_optimizer              Adam, or Muon and Adam
+    find_rates                      the sweep, which finds the learning rates
+    train_epochs                    a row of metrics for each epoch
         train_epoch
-            augmented_batches    shuffle, crop, flip, cutout
-            train_step
-            update_average       the moving average of the weights
+            augmented_batches       shuffle, crop, flip, cutout
+            scheduled_lr_and_beta1  the one-cycle policy
+            train_step              one optimizer step
+            update_average          the moving average of the weights
         evaluate_run
 
 The program in calls:
 
-    main                         options and data, then for each seed:
-        train_once               start_run; a Recorder for report and checkpoint
-            train_and_record     find_rates and train_epochs
-            finish_run           result, files, figures
+    main                            options and data, then for each seed:
+        train_once                  start_run; a Recorder for report and checkpoint
+            train_and_record        find_rates and train_epochs
+            finish_run              result, files, figures
 
 After `import train`, your own experiment can call the method, and `main`, too.
 """
@@ -765,8 +767,9 @@ class Run:
     batch. There, the Python code of its `forward` runs only when the graph is captured,
     so branches and numbers stay as they were then. In the graph, second derivatives do
     not work, nor do hooks of layers or weights. Each step overwrites the gradients of the
-    one before; to keep one, clone it. `start_run(..., cuda_graph=False)` turns the graph
-    off.
+    one before; to keep one, clone it. The graph uses the memory that the weights have
+    when it is captured, so do not move the model to another device during the training.
+    `start_run(..., cuda_graph=False)` turns the graph off.
 
     The recipe has to stay as it is: `start_run` has already used some of its constants.
     """
@@ -1581,8 +1584,10 @@ def capture_graph(run):
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise RuntimeError("the network could not become a CUDA graph. Start Python again and "
-                           "try start_run(..., cuda_graph=False)") from error
+        raise RuntimeError(
+            "the network could not become a CUDA graph. Start Python again. Before the sweep "
+            "or the training, delete each loss that you computed yourself with this run. "
+            "start_run(..., cuda_graph=False) turns the graph off") from error
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
         # The capture's own steps have moved BatchNorm's statistics.

@@ -154,7 +154,7 @@ NEWEST_CASES = {
 # These were chosen, and measured, after the rule was.
 TEST_CASES = {
     "narrow-2-epochs": Case(rate=0.03, epochs=2, model=narrow_resnet),
-    "narrow-24-epochs": Case(rate=0.03, epochs=24, model=narrow_resnet),
+    "narrow-24-epochs": Case(rate=0.03, epochs=24, seeds=(0,), model=narrow_resnet),
     "vit-12-epochs": Case(rate=0.004, images=2_500, epochs=12, seeds=(0,), model=small_vit,
                           optimizer=AdamW),
     "resnet18-6-epochs": Case(rate=0.05, images=2_500, epochs=6, model=resnet18),

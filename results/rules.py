@@ -40,6 +40,24 @@ def always_twice(lrs, losses, adam_steps):
     return ours(lrs, losses, 0)
 
 
+def with_fitted_limit(lrs, losses, adam_steps):
+    """Return what train.py found until commit 1016655: with Adam, at most a fitted limit.
+
+    The limit depends on the number of steps, and on the rate from which on 90% of the
+    fall is done.
+    """
+    highest = always_twice(lrs, losses, adam_steps)
+    if adam_steps == 0:
+        return highest
+    smoothed = train.smooth_losses(losses, 1 / math.log10(lrs[1] / lrs[0]))
+    minimum = min(smoothed)
+    first = smoothed.index(minimum)
+    while smoothed[first - 1] <= minimum + 0.1 * (smoothed[0] - minimum):
+        first -= 1
+    last = train.last_low_step(smoothed)
+    return min(highest, math.sqrt(lrs[first] * lrs[last]) * adam_steps ** 0.6 / 9)
+
+
 def steepest(lrs, losses, adam_steps):
     """Return the rate where the loss falls fastest (pytorch-lr-finder 0.2)."""
     smoothed = [losses[0]]
@@ -94,6 +112,7 @@ def valley(lrs, losses, adam_steps):
 RULES = {
     "ours": ours,
     "always 2 x high": always_twice,
+    "fitted limit": with_fitted_limit,
     "steepest": steepest,
     "minimum / 10": tenth_of_minimum,
     "valley": valley,

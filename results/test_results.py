@@ -333,12 +333,19 @@ def test_the_valley_is_half_way_down_the_longest_fall():
     assert rules.valley(STEP_LRS, STEP_LOSSES, 0) == STEP_LRS[54 - 36 + 12 + 6]
 
 
-def test_the_limit_lowers_our_rule_in_a_short_training():
-    unlimited = rules.without_limit(STEP_LRS, STEP_LOSSES, 100)
-    assert unlimited == 1.0  # the loss never rises
-    limited = rules.ours(STEP_LRS, STEP_LOSSES, 1)
-    # The loss is low from about 0.01 to 1. The limit is a ninth of the rate between them.
-    assert limited == pytest.approx(0.1 / 9, rel=0.3)
+def test_our_rule_is_twice_as_high_in_a_long_training():
+    losses = [*STEP_LOSSES[:50], *[3.0] * 10]  # they rise
+    short = rules.ours(STEP_LRS, losses, 1)
+    assert rules.ours(STEP_LRS, losses, 10**6) == 2 * short
+    assert rules.always_twice(STEP_LRS, losses, 1) == 2 * short
+
+
+def test_the_fitted_limit_is_for_adam_and_rises_with_the_steps():
+    assert rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 0) == 1.0
+    # The loss is low from about 0.01 to 1, so the rate between them is 0.1.
+    limit = rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 1)
+    assert limit == pytest.approx(0.1 / 9, rel=0.3)
+    assert rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 32) == pytest.approx(8 * limit)
 
 
 def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
