@@ -2215,7 +2215,8 @@ def test_a_failed_capture_changes_nothing_and_says_what_to_try(graphs, monkeypat
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
     run = run_on_a_faked_gpu()
     before = state_without_seconds(run)
-    with pytest.raises(RuntimeError, match=r"try start_run\(\.\.\., cuda_graph=False\)$"):
+    advice = r"start_run\(\.\.\., cuda_graph=False\) turns the graph off$"
+    with pytest.raises(RuntimeError, match=advice):
         train.begin_training(run)
     assert same_state(state_without_seconds(run), before)
     assert not torch.backends.cudnn.benchmark

@@ -1272,8 +1272,8 @@ SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
 # these two, see `last_low_step`.
 RISE = 0.03  # of the lowest value
 FALL_PART = 0.1  # of the fall to this value
-# Training with Adam for fewer steps than this is better at half of the usual LRMAX, as the
-# cases of results/finder.py show. Nothing between 528 and 980 steps was measured.
+# Training with Adam for fewer steps than this is mostly better at half of the usual LRMAX,
+# as the cases of results/finder.py show.
 SHORT_TRAINING = 700
 
 

@@ -308,10 +308,11 @@ def table_of_cases():
 def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
-    groups = {"the first": FIRST_CASES, "the later": LATER_CASES,
-              "the newest": NEWEST_CASES, "the test": TEST_CASES, "all": CASES}
+    groups = {"the first {} cases": FIRST_CASES, "the later {} cases": LATER_CASES,
+              "the newest {} cases": NEWEST_CASES, "the {} test cases": TEST_CASES,
+              "all {} cases": CASES}
     for group, cases in groups.items():
-        title = f"{group} {len(cases)} cases"
+        title = group.format(len(cases))
         regrets = []  # a row for each rule
         for rule in rules.RULES.values():
             regrets.append([regret(name, rule) for name in cases])

@@ -129,6 +129,7 @@ TABLES = {
         ("512, whole runs on the H100", "h100/default-seed*"),
         ("512, whole runs with `--recipe fast`", "fast/seed*"),
         ("the same, with Muon's factor 7/3", "fast/factor-7-3-seed*"),
+        ("62, the sample with `--recipe fast`", "sweeps/fast-sample-seed*"),
     ]),
     "holdout": ("change", ["LRMAX", "accuracy", "ahead", "flip TTA", "seeds"], [
         ("none", "h100/holdout-lr-max-0.06-seed*"),
