@@ -322,6 +322,12 @@ def test_the_tuned_recipe_begins_with_convolutions_that_pass_their_input_on():
     assert torch.equal(layers[-1].weight, expected_layers[-1].weight)
 
 
+def test_the_first_convolution_stays_as_pytorch_makes_it_until_it_whitens():
+    torch.manual_seed(0)
+    first = train.ResNet().prep[0]
+    assert torch.equal(first.weight, layers_made_by_pytorch(seed=0)[0].weight)
+
+
 def test_images_of_another_size_need_a_network_of_their_own():
     usual = random_split(8)
     other = random_split(8, 16, 16)

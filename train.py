@@ -123,8 +123,8 @@ class Recipe:
         "adam", ("adam", "muon"), "muon: Muon for the convolutions, Adam for the rest")
     muon_lr_factor: float = recipe_field(
         5 / 3, (1e-6, 1e6), "with muon: Muon's learning rate is Adam's times this")
-    # In 24 epochs, Muon seems better there. In 6, our one run with Muon there ended lower
-    # than those with Adam.
+    # For the first convolution, Muon seems better in 24 epochs. In 6, our one run with Muon
+    # for it ended lower than those with Adam.
     first_convolution: str = recipe_field(
         "muon", ("muon", "adam"), "with muon: the optimizer of the first convolution")
     peak_fraction: float = recipe_field(
@@ -383,7 +383,7 @@ def count_steps(image_count, batch_size):
     """Return the number of steps in an epoch.
 
     The last batch has the images that are left. If only one is left, it joins the batch
-    before, because BatchNorm normalizes with the statistics of a batch.
+    before, because BatchNorm needs the statistics of several images.
     """
     return max(1, math.ceil((image_count - 1) / batch_size))
 
@@ -1389,9 +1389,9 @@ def read_sweep(lrs, smoothed, adam_steps):
     """Return LRMIN and LRMAX for a training with so many steps of Adam.
 
     LRMAX is twice the last rate at which the loss is low, because smoothing makes the
-    rise appear too early. Adam cannot recover from high rates in a short training, so
-    there it is that rate alone. With another optimizer, `adam_steps` is 0. LRMAX is also
-    at most the last rate of the sweep.
+    rise appear too early. But most short trainings with Adam cannot recover from high
+    rates, so there it is not twice, but once that rate. With another optimizer,
+    `adam_steps` is 0. LRMAX is at most the last rate of the sweep.
     """
     last = last_low_step(smoothed)
     is_short = 0 < adam_steps < SHORT_TRAINING

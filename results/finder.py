@@ -113,8 +113,8 @@ class Case:
 
 
 AdamW = torch.optim.AdamW  # with PyTorch's epsilon, 1e-8
-# Groups, in the order in which they were measured. README.md says how each of them entered
-# the choice of the rule.
+# Groups, in the order in which they were measured. README.md says how the first three of
+# them entered the choice of the rule.
 FIRST_CASES = {
     "narrow": Case(rate=0.06, model=narrow_resnet),
     "narrow-adamw": Case(rate=0.016, model=narrow_resnet, optimizer=AdamW),
@@ -139,7 +139,7 @@ LATER_CASES = {
                      optimizer=nesterov),
     "perceptron": Case(rate=0.004, images=2_500, model=perceptron, optimizer=AdamW),
 }
-NEWEST_CASES = {
+NEXT_CASES = {
     "narrow-1-epoch": Case(rate=0.03, epochs=1, model=narrow_resnet),
     "narrow-adamw-16-epochs": Case(rate=0.016, epochs=16, model=narrow_resnet,
                                    optimizer=AdamW),
@@ -163,7 +163,7 @@ TEST_CASES = {
     "narrow-adamw-256": Case(rate=0.016, images=10_000, batch_size=256, epochs=5, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
 }
-CASES = {**FIRST_CASES, **LATER_CASES, **NEWEST_CASES, **TEST_CASES}
+CASES = {**FIRST_CASES, **LATER_CASES, **NEXT_CASES, **TEST_CASES}
 
 
 # ---- Measuring a case --------------------------------------------------------------------
@@ -309,7 +309,7 @@ def table_of_means():
     """Return the table of the mean and the worst regret of each rule."""
     rows = [["points lost", *rules.RULES]]
     groups = {"the first {} cases": FIRST_CASES, "the later {} cases": LATER_CASES,
-              "the newest {} cases": NEWEST_CASES, "the {} test cases": TEST_CASES,
+              "the next {} cases": NEXT_CASES, "the {} test cases": TEST_CASES,
               "all {} cases": CASES}
     for group, cases in groups.items():
         title = group.format(len(cases))

@@ -41,7 +41,7 @@ def always_twice(lrs, losses, adam_steps):
 
 
 def with_fitted_limit(lrs, losses, adam_steps):
-    """Return what train.py found until commit 1016655: with Adam, at most a fitted limit.
+    """Return what train.py found until commit 0c16f57: with Adam, at most a fitted limit.
 
     The limit depends on the number of steps, and on the rate from which on 90% of the
     fall is done.
@@ -52,6 +52,8 @@ def with_fitted_limit(lrs, losses, adam_steps):
     smoothed = train.smooth_losses(losses, 1 / math.log10(lrs[1] / lrs[0]))
     minimum = min(smoothed)
     first = smoothed.index(minimum)
+    if first == 0:  # the loss never falls
+        return highest
     while smoothed[first - 1] <= minimum + 0.1 * (smoothed[0] - minimum):
         first -= 1
     last = train.last_low_step(smoothed)

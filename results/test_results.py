@@ -348,8 +348,9 @@ def test_the_fitted_limit_is_for_adam_and_rises_with_the_steps():
     assert rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 32) == pytest.approx(8 * limit)
 
 
-def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
-    assert rules.ours([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 0) == 1e-6
+@pytest.mark.parametrize("rule", [rules.ours, rules.with_fitted_limit])
+def test_our_rules_pick_the_start_of_a_sweep_without_a_fall(rule):
+    assert rule([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 1) == 1e-6
 
 
 @pytest.fixture
