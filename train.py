@@ -1390,7 +1390,7 @@ def read_sweep(lrs, smoothed, adam_steps):
 
     LRMAX is twice the last rate at which the loss is low, because smoothing makes the
     rise appear too early. But most short trainings with Adam cannot recover from high
-    rates, so there it is not twice, but once that rate. With another optimizer,
+    rates. For these, LRMAX is that rate, not twice it. With another optimizer,
     `adam_steps` is 0. LRMAX is at most the last rate of the sweep.
     """
     last = last_low_step(smoothed)
@@ -1403,8 +1403,8 @@ def read_sweep(lrs, smoothed, adam_steps):
 def last_low_step(smoothed):
     """Return the last step at which a sweep's smoothed loss is low.
 
-    From its lowest value to this step, it is above that value by at most 3% of it, and by
-    at most 10% of its fall. Raise UserError if it never falls.
+    From its lowest value to this step, it is above that value by at most RISE of it, and
+    by at most FALL_PART of its fall. Raise UserError if it never falls.
     """
     lowest = smoothed.index(min(smoothed)) if smoothed else 0
     if lowest == 0:

@@ -24,12 +24,16 @@ def count_adam_steps(recipe, image_count):
     return recipe.epochs * train.count_steps(image_count, recipe.batch_size)
 
 
+def smooth(lrs, losses):
+    """Return the losses of a sweep as train.py smooths them."""
+    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
+    return train.smooth_losses(losses, steps_per_decade)
+
+
 def ours(lrs, losses, adam_steps):
     """Return the LRMAX that train.py finds; the start of the sweep if it finds none."""
-    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
-    smoothed = train.smooth_losses(losses, steps_per_decade)
     try:
-        _, lr_max = train.read_sweep(lrs, smoothed, adam_steps)
+        _, lr_max = train.read_sweep(lrs, smooth(lrs, losses), adam_steps)
     except train.UserError:
         return lrs[0]
     return lr_max
@@ -49,7 +53,7 @@ def with_fitted_limit(lrs, losses, adam_steps):
     highest = always_twice(lrs, losses, adam_steps)
     if adam_steps == 0:
         return highest
-    smoothed = train.smooth_losses(losses, 1 / math.log10(lrs[1] / lrs[0]))
+    smoothed = smooth(lrs, losses)
     minimum = min(smoothed)
     first = smoothed.index(minimum)
     if first == 0:  # the loss never falls
@@ -57,7 +61,8 @@ def with_fitted_limit(lrs, losses, adam_steps):
     while smoothed[first - 1] <= minimum + 0.1 * (smoothed[0] - minimum):
         first -= 1
     last = train.last_low_step(smoothed)
-    return min(highest, math.sqrt(lrs[first] * lrs[last]) * adam_steps ** 0.6 / 9)
+    middle = math.sqrt(lrs[first] * lrs[last])
+    return min(highest, middle * adam_steps ** 0.6 / 9)
 
 
 def steepest(lrs, losses, adam_steps):
