@@ -960,42 +960,6 @@ def run_before_a_sweep(optimizer, steps):
     return run
 
 
-@pytest.mark.filterwarnings("ignore:the loss of the sweep")
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_parameters_of_a_loss_are_part_of_a_state_and_restored_after_a_sweep(optimizer):
-    scale = nn.Parameter(torch.ones(1))
-
-    def scaled_loss(run, images, labels):
-        logits = run.forward(images)
-        return F.cross_entropy(scale * logits, labels), logits
-
-    recipe = Recipe(epochs=2, batch_size=4, optimizer=optimizer)
-    run = small_run(recipe, model=SmallResNet, loss=scaled_loss)
-    run.training.labels.zero_()  # so that the loss falls in the sweep
-    run.optimizer.add_param_group({"params": [scale]})
-    train.find_rates(run)
-    assert scale.item() == 1
-    ends = []
-    before = run.state()
-    for _ in range(2):
-        run.load_state(before)
-        list(train.train_epochs(run, STEP_RATES))
-        ends.append(scale.item())
-    assert ends[0] == ends[1] != 1
-
-
-def test_a_state_with_a_parameter_of_a_loss_is_refused_by_a_run_without_it():
-    run = small_run(model=SmallResNet)
-    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    other = small_run(model=SmallResNet)
-    with torch.no_grad():
-        other.model.prep[0].weight.zero_()
-    before = other.state()
-    with pytest.raises(ValueError, match="parameter group"):
-        other.load_state(run.state())
-    assert same_state(other.state(), before)
-
-
 def test_a_state_after_rates_of_numpy_can_be_loaded_from_a_file(tmp_path):
     run = small_run(Recipe(epochs=1, batch_size=4), model=linear_network)
     lr_min, lr_max = np.array([1e-3, 1e-2])
@@ -1326,15 +1290,15 @@ def exchange_a_layer(run):
     run.model[1] = nn.Linear(3072, 10)
 
 
-def freeze_all(run):
-    run.model.requires_grad_(False)
+def add_a_parameter_to_the_optimizer(run):
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
 @SWEEP_AND_TRAINING
 @pytest.mark.parametrize("spoil, reason", [
-    (exchange_a_layer, "the optimizer does not hold all parameters"),
-    (freeze_all, "all parameters are frozen")])
-def test_a_run_that_cannot_train_all_parameters_is_refused(start, spoil, reason):
+    (exchange_a_layer, "the optimizer does not hold all parameters of the model"),
+    (add_a_parameter_to_the_optimizer, "the optimizer holds parameters that are not in the model")])
+def test_an_optimizer_with_other_parameters_than_the_model_is_refused(start, spoil, reason):
     run = small_run(model=linear_network)
     spoil(run)
     with pytest.raises(ValueError, match=reason):
@@ -1372,17 +1336,14 @@ def test_a_system_without_glibc_is_left_as_it_is(monkeypatch, library):
     train.keep_freed_memory()
 
 
-@SWEEP_AND_TRAINING
-def test_a_network_that_is_partly_frozen_is_announced(start):
-    run = small_run(model=SmallResNet)
-    run.model[0].requires_grad_(False)
-    parameters = list(run.model.parameters())
-    trainable = [values for values in parameters if values.requires_grad]
-    run.optimizer = torch.optim.Adam(trainable)  # it need not have the others
-    count = sum(values.numel() for values in parameters)
-    trained = sum(values.numel() for values in trainable)
-    with pytest.warns(match=f"^only {trained:,} of {count:,} parameters are trained"):
-        start(run)
+def test_an_optimizer_needs_no_frozen_parameters():
+    run = small_run(Recipe(epochs=1), model=SmallResNet)
+    frozen, *others = run.model.parameters()
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    run.optimizer = torch.optim.Adam(others)
+    assert len(list(train.train_epochs(run, STEP_RATES))) == 1
+    assert torch.equal(frozen, before)
 
 
 def test_plain_tuples_serve_as_splits_and_rates():
@@ -1734,17 +1695,6 @@ def test_training_continues_bit_for_bit_in_the_same_run_and_in_a_new_one(optimiz
         assert same_state(state_without_seconds(run), state_without_seconds(undisturbed))
 
 
-def test_a_random_state_has_the_numbers_of_the_gpu(monkeypatch):
-    gpu = SimpleNamespace(numbers=torch.tensor([7]))
-    gpu.get_rng_state = lambda: gpu.numbers
-    gpu.set_rng_state = lambda numbers: setattr(gpu, "numbers", numbers)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
-    state = train.random_state("cuda")
-    gpu.numbers = torch.tensor([8])
-    train.restore_random_state("cuda", state)
-    assert gpu.numbers.item() == 7
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_copy_of_a_run_trains_as_the_run_does(optimizer):
     run = small_run(Recipe(epochs=1, batch_size=4, optimizer=optimizer), model=SmallResNet)
@@ -1765,24 +1715,9 @@ def test_the_state_of_a_run_with_other_settings_is_refused(changed, difference):
     state = train.start_run(**settings).state()
     other = train.start_run(**{**settings, **changed})
     before = other.state()
-    with pytest.raises(ValueError, match=f"^this state is of another run: {difference}$"):
+    with pytest.raises(ValueError, match=f"^it is of another run: {difference}$"):
         other.load_state(state)
     assert same_state(other.state(), before)
-
-
-@pytest.mark.parametrize("network", [
-    lambda: linear_network(classes=11),
-    lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(3 * 32 * 32, 10))],
-    ids=["shape", "name"])
-def test_the_state_of_another_network_is_refused(network):
-    recipe = Recipe(epochs=1, batch_size=4)
-    run = small_run(recipe, model=linear_network)
-    before = run.state()
-    other = small_run(recipe, model=network)
-    list(train.train_epochs(other, STEP_RATES))
-    with pytest.raises(ValueError, match="^this state is of another network: "):
-        run.load_state(other.state())
-    assert same_state(run.state(), before)
 
 
 def test_a_state_that_is_loaded_between_epochs_does_not_bring_its_weight_decay():
@@ -2109,13 +2044,8 @@ class FakeGraphs:
 def graphs(monkeypatch):
     """Fake CUDA graphs on the CPU. SmallResNet stands in for the ResNet."""
     graphs = FakeGraphs()
-    random_state = train.random_state
-    restore_random_state = train.restore_random_state
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphs.make_graphed_callables)
     monkeypatch.setattr(train, "ResNet", SmallResNet)
-    monkeypatch.setattr(train, "random_state", lambda device: random_state("cpu"))
-    monkeypatch.setattr(train, "restore_random_state",
-                        lambda device, state: restore_random_state("cpu", state))
     return graphs
 
 
@@ -2515,7 +2445,7 @@ def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
 
 @pytest.mark.parametrize("arguments, differences", [
     (["--epochs", 2, "--seed", 7], "epochs 1, not 2; seed 0, not 7"),
-    (["--holdout", 10], "training_images 100, not 90; holdout 0, not 10"),
+    (["--holdout", 10], "holdout 0, not 10"),
     (["--cutout", 3], "cutout 8, not 3"),
     (["--recipe", "fast"], "optimizer adam, not muon; first_convolution muon, not adam; "
                            "ema_epochs 0.5, not 0.25; padding 4, not 2; cutout 8, not 0"),
@@ -2528,7 +2458,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     quick_workplace.run(*command)
     files = [Path(name).read_bytes() for name in ("run.pt", "run.json")]
     assert quick_workplace.fail(*command, *arguments) == (
-        f"run.pt is of another run: {differences}.\n"
+        f"cannot continue run.pt (ValueError: it is of another run: {differences}).\n"
         "For a new run, choose another --checkpoint.\nTo continue that run, give its options. "
         "On another machine, also give --device and --precision.\n"
         "If you changed the code since, undo that.")
@@ -2545,7 +2475,8 @@ def test_a_checkpoint_of_code_with_other_constants_is_refused_with_their_names(
     torch.save(saved, "run.pt")
     message = quick_workplace.fail(*command)
     assert message.startswith(
-        "run.pt is of another run: flips None, not alternating; mixup 0.5, not None.")
+        "cannot continue run.pt (ValueError: it is of another run: "
+        "flips None, not alternating; mixup 0.5, not None).")
 
 
 def cut_off(path):
@@ -2582,20 +2513,17 @@ def test_what_is_no_checkpoint_of_this_code_is_refused_and_left_as_it_is(
     damage(Path("run.pt"))
     damaged = Path("run.pt").read_bytes()
     message = quick_workplace.fail(*command)
-    assert re.fullmatch(
-        r"run\.pt is not a readable checkpoint of this code \(\w+\)\.\n"
-        r"If you changed the code since, undo that, or choose another --checkpoint\.", message)
+    first_line, *advice = message.splitlines()
+    assert re.fullmatch(r"cannot continue run\.pt \(\w+: .+\)\.", first_line)
+    assert advice[-1] == "If you changed the code since, undo that."
     assert Path("run.pt").read_bytes() == damaged
 
 
-@pytest.mark.parametrize("place, name, error", [
-    (Path, "read_bytes", OSError("Input/output error")),
-    (torch, "load", torch.OutOfMemoryError("CUDA out of memory"))])
-def test_a_checkpoint_is_not_called_unreadable_if_disk_or_memory_fail(
-        quick_workplace, monkeypatch, place, name, error):
+def test_a_checkpoint_for_which_memory_is_too_small_is_not_called_bad(
+        quick_workplace, monkeypatch):
     Path("run.pt").write_text("a checkpoint")
-    monkeypatch.setattr(place, name, raiser(error))
-    with pytest.raises(type(error), match=str(error)):
+    monkeypatch.setattr(torch, "load", raiser(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
         quick_workplace.run("--checkpoint", "run.pt", "--epochs", 1, *RATES)
 
 
@@ -2911,7 +2839,6 @@ def test_the_report_has_the_environment(finished_run):
     assert environment["device"] == "cpu"
     assert environment["precision"] == "fp32"
     assert environment["commit"] == train.script_commit()
-    assert finished_run.report["summary"]["peak_memory_bytes"] > 1e8
 
 
 def test_the_report_describes_data_and_network(finished_run):
@@ -3290,14 +3217,13 @@ def test_no_or_a_broken_matplotlib_costs_only_the_figures(
     report = train.main([*SMALL, "--epochs", 1, "--output", "run.json", *RATES])
     assert report["summary"]["status"] == "complete"
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch("figures  missing: .*(pip install matplotlib.*|old)", last_line)
+    assert re.fullmatch("figures  missing: .*(matplotlib.*|old)", last_line)
 
 
 # The status line.
 
-def print_on_terminal(monkeypatch, columns=80):
-    """Let the screen be a terminal with a number of columns."""
-    monkeypatch.setenv("COLUMNS", str(columns))
+def print_on_terminal(monkeypatch):
+    """Let the screen be a terminal."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
 
 
@@ -3330,21 +3256,11 @@ def test_the_status_line_appears_at_most_once_a_second(monkeypatch, capsys):
     assert capsys.readouterr().out.count(" left, ") == 3  # at 1.2, 2.4 and 3.6 seconds
 
 
-def test_a_status_line_is_cut_where_the_terminal_ends_and_hides_the_one_before(
-        monkeypatch, capsys):
-    print_on_terminal(monkeypatch, columns=30)
-    train.show_status("0:00:34 left, epoch 2, step 3 of 10, loss 2.000")
-    train.show_status("short")
-    assert capsys.readouterr().out == (
-        "\r0:00:34 left, epoch 2, step 3\r"
-        "\rshort                        \r")
-
-
-def test_a_terminal_without_columns_gets_an_empty_status_line(monkeypatch, capsys):
+def test_a_status_line_has_79_characters_and_hides_the_one_before(monkeypatch, capsys):
     print_on_terminal(monkeypatch)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((0, 0)))
-    train.show_status("0:00:34 left")
-    assert capsys.readouterr().out == "\r\r"
+    train.show_status(100 * "x")
+    train.show_status("short")
+    assert capsys.readouterr().out == f"\r{79 * 'x'}\r\rshort{74 * ' '}\r"
 
 
 def test_a_notebook_gets_the_status_line(monkeypatch, capsys):
@@ -3401,17 +3317,8 @@ def test_arguments_may_be_numbers_and_the_command_is_recorded():
     assert options.command == "train.py --epochs 3 --lr-max 0.25 --output 'two words.json'"
 
 
-def test_an_option_may_be_typed_with_underscores():
-    arguments = ["--batch_size", "8", "--lr_max=0.1", "--output=a_b.json"]
-    recipe, options = train.parse_arguments(arguments)
-    assert recipe.batch_size == 8
-    assert options.lr_max == 0.1
-    assert options.output == "a_b.json"
-
-
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--batch-size 99 --subset 50", "batch_size must be an integer from 2 to 50, got 99"),
-    ("--batch-size 41 --subset 50 --holdout 10", "integer from 2 to 40, got 41"),
+    ("--batch-size 1", "batch_size must be 0 or at least 2, got 1"),
     ("--epochs -1", "epochs must be an integer from 0 to 100000, got -1"),
     ("--seed -1", "seed must be an integer from 0 to 4294967295, got -1"),
     ("--runs 0", "runs must be an integer from 1 to 1000, got 0"),
@@ -3429,12 +3336,9 @@ def test_an_option_may_be_typed_with_underscores():
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda"),
-    ("--checkpoint new/", "must be names of files, without a slash at the end, got new/"),
-    ("--output new/", "must be names of files, without a slash at the end, got new/"),
-    ("--weights new/", "must be names of files, without a slash at the end, got new/"),
-    ("--checkpoint run.json", "must be different files, got {0}/run.json, {0}/run.json"),
-    ("--output same --checkpoint x/../same", "different files, got {0}/same, {0}/same"),
-    ("--weights a --output a", "different files, got {0}/a, {0}/a"),
+    ("--checkpoint run.json", "must be different files"),
+    ("--output same --checkpoint x/../same", "must be different files"),
+    ("--weights a --output a", "must be different files"),
 ])
 def test_nonsense_ends_with_one_sentence_and_no_files(
         tmp_path, capsys, monkeypatch, arguments, sentence):
@@ -3446,7 +3350,7 @@ def test_nonsense_ends_with_one_sentence_and_no_files(
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("usage: train.py")
-    assert sentence.format(tmp_path) in message.splitlines()[-1]
+    assert sentence in message.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
@@ -3916,6 +3820,8 @@ def test_the_readme_shows_what_a_run_prints(capsys):
     path = re.search(r"\]\((results/[^)]+\.json)\)", rest)[1]
     report = json.loads((SCRIPT.parent / path).read_text())
     report["config"]["options"]["output"] = path  # where it is now
+    report["continued_in"] = []  # this report is too old to have these two
+    report["rates"]["note"] = None
     train.print_heading(report)
     train.print_rates(report)
     train.print_table(report)
@@ -3929,10 +3835,8 @@ def test_the_readme_shows_what_a_run_prints(capsys):
 
 
 def shorten(snippet):
-    """Return a snippet of the README with two epochs of small batches, and two seeds."""
-    snippet = snippet.replace("epochs=10", "epochs=2, batch_size=50")
-    snippet = snippet.replace("range(10)", "range(2)")
-    return re.sub(r'"--epochs", "?10"?', '"--epochs", 2', snippet)
+    """Return a snippet of the README with two epochs of small batches."""
+    return snippet.replace("epochs=10", "epochs=2, batch_size=50")
 
 
 class FakeCIFAR100:
@@ -3945,17 +3849,6 @@ class FakeCIFAR100:
         self.classes = [str(number) for number in range(100)]
 
 
-class FakeSummaryWriter:
-    """TensorBoard's writer: it keeps in `rows` what all writers were told."""
-    rows = []
-
-    def __init__(self, *arguments, **keywords):
-        pass
-
-    def add_scalar(self, name, value, step):
-        self.rows.append((name, value, step))
-
-
 def run_snippet(snippet, names):
     """Run Python of the README with these global names. Return what it printed.
 
@@ -3965,8 +3858,6 @@ def run_snippet(snippet, names):
     names["run"] = small_run(Recipe(epochs=2, batch_size=8))
     names["rates"] = STEP_RATES
     code = compile(shorten(snippet), snippet, "exec")  # a traceback shows it
-    if "import pandas, ray" in snippet:
-        return ""  # the tests do not require them
     with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
         exec(code, names)
     if names["run"].epoch == 0:
@@ -3974,82 +3865,48 @@ def run_snippet(snippet, names):
     return Path("printed.txt").read_text()
 
 
-def write_photos(folder, count):
-    """Write `count` photos of 40 x 50 into a folder for each of two classes."""
-    images = random_split(count, 40, 50).images
-    for class_name in ("cat", "dog"):
-        path = Path(folder, class_name)
-        path.mkdir(parents=True)
-        for number, image in enumerate(images):
-            TF.to_pil_image(image).save(path / f"{number}.jpg")
-
-
 @pytest.fixture(scope="module")
 def snippets(tmp_path_factory):
     """Run the README's Python in one namespace, one snippet after the other.
 
-    Return what each printed, the runs that they left, and the folder with their files.
+    Return what each printed, and the folder with their files.
     """
     folder = tmp_path_factory.mktemp("snippets")
     attributes = write_cifar10(folder / "data" / CIFAR10.base_folder)
     printed = {}
-    runs = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         use_small_data(monkeypatch, attributes)
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                            SimpleNamespace(SummaryWriter=FakeSummaryWriter))
         monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeCIFAR100)
         monkeypatch.setattr(train, "choose_device", lambda device: "cpu")
         monkeypatch.setattr(train, "ResNet", SmallResNet)
         monkeypatch.setitem(train.RECIPES, "tuned", Recipe(epochs=2))
         train.save_weights("weights.pt", small_run(), CLASSES)
         TF.to_pil_image(random_split(1).images[0]).save("photo.jpg")
-        write_photos("photos/train", 8)
-        write_photos("photos/test", 2)
-        for name in ("first.json", "second.json"):
-            rows = [{"epoch": epoch, "test_accuracy": epoch / 10} for epoch in (1, 2)]
-            Path(name).write_text(json.dumps({"epochs": rows}))
         names = {}
         for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
             printed[snippet] = run_snippet(snippet, names)
-            runs[snippet] = names["run"]
-    return SimpleNamespace(printed=printed, runs=runs, folder=folder)
+    return SimpleNamespace(printed=printed, folder=folder)
 
 
-def of_snippets_with(word, results):
-    """Return the results of the snippets that have a word. At least one has it."""
-    chosen = [result for snippet, result in results.items() if word in snippet]
+def printed_by_snippets_with(word, snippets):
+    """Return what the snippets with a word have printed. At least one has it."""
+    chosen = [printed for snippet, printed in snippets.printed.items() if word in snippet]
     assert chosen
     return chosen
 
 
 def test_the_snippets_that_print_epochs_print_both(snippets):
-    for printed in of_snippets_with('print(row["epoch"]', snippets.printed):
+    for printed in printed_by_snippets_with('print(row["epoch"]', snippets):
         assert re.findall(r"^(\d+) 0\.\d+$", printed, re.MULTILINE) == ["1", "2"]
 
 
-def test_the_snippet_with_another_schedule_sets_the_learning_rate(snippets):
-    (run,) = of_snippets_with("two_rates", snippets.runs)
-    assert run.optimizer.param_groups[0]["lr"] == 0.05  # of its first epochs
-
-
-@pytest.mark.parametrize("name", ["comparison.png", "cifar100.pt"])
-def test_the_snippets_write_their_files(snippets, name):
-    assert (snippets.folder / name).is_file()
-
-
-def test_the_snippet_for_tensorboard_logs_steps_and_epochs(snippets):
-    of_snippets_with("SummaryWriter", snippets.printed)
-    steps = {}
-    for name, _, step in FakeSummaryWriter.rows:
-        steps.setdefault(name, []).append(step)
-    assert steps["loss of the step"] == [1, 2]  # two epochs of one step
-    assert steps["test_accuracy"] == [1, 2]
+def test_the_snippet_with_a_hundred_classes_saves_its_weights(snippets):
+    assert (snippets.folder / "cifar100.pt").is_file()
 
 
 def test_the_snippet_with_saved_weights_prints_a_class(snippets):
-    (printed,) = of_snippets_with("load_weights", snippets.printed)
+    (printed,) = printed_by_snippets_with("load_weights", snippets)
     assert printed.split()[0] in CLASSES
 
 

@@ -45,7 +45,6 @@ import numbers
 import os
 import platform
 import shlex
-import shutil
 import signal
 import socket
 import statistics
@@ -80,10 +79,7 @@ MAX_EPOCHS = 100_000  # below SWEEP_EPOCH
 
 
 def recipe_field(default, allowed, help):
-    """Return a field of Recipe.
-
-    `allowed` is as in `check_value`, and `help` is the text that --help shows.
-    """
+    """Return a field of Recipe; `allowed` is as in `check_value`, --help shows `help`."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
 
 
@@ -755,13 +751,16 @@ class Run:
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
-      evaluation stays cross-entropy. If a loss has a parameter of its own, add it with
-      `run.optimizer.add_param_group({"params": [parameter]})`.
+      evaluation stays cross-entropy. A parameter that a loss needs has to be in the model.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
       seed decides.
-    - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`.
+    - `optimizer` is set on the run itself, before the sweep: `run.optimizer = ...`. If a
+      group of parameters has an "lr_factor", its learning rate is that of the schedule
+      times this. A group with "decays": True gets the recipe's weight decay, which each
+      epoch sets anew. This is right only for optimizers like AdamW, which decay weights
+      apart from the gradient.
 
     On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full
     batch. There, the Python code of its `forward` runs only when the graph is captured,
@@ -866,18 +865,6 @@ class Run:
             "training_images": len(self.training.labels),
         }
 
-    def optimizer_parameters(self):
-        """Return the parameters of all groups of the optimizer."""
-        parameters = []
-        for group in self.optimizer.param_groups:
-            parameters += group["params"]
-        return parameters
-
-    def loss_parameters(self):
-        """Return the parameters of a loss: those of the optimizer that are not the model's."""
-        of_model = set(self.model.parameters())
-        return [values for values in self.optimizer_parameters() if values not in of_model]
-
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
@@ -889,10 +876,9 @@ class Run:
             "settings": self.settings(),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
-            "loss_parameters": [values.detach() for values in self.loss_parameters()],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random_state(self.device),
+            "random": torch.get_rng_state(),  # a dropout layer on the CPU uses it
             "epoch": self.epoch,
             "seconds": self.seconds,
         })
@@ -905,27 +891,24 @@ class Run:
                              "begin again with start_run")
 
     def load_state(self, state):
-        """Go back to a `state()`. Raise ValueError if it is of another run or network."""
+        """Go back to a `state()`.
+
+        Raise ValueError if it is of a run with other settings. If it is of another network,
+        PyTorch raises an error, and the run cannot be used any more.
+        """
         differences = differing_settings(state["settings"], self.settings())
         if differences:
-            raise ValueError(f"this state is of another run: {differences}")
-        if tensor_shapes(state["model"]) != tensor_shapes(self.model.state_dict()):
-            raise ValueError("this state is of another network: its weights or buffers have "
-                             "other names or shapes")
+            raise ValueError(f"it is of another run: {differences}")
         # The optimizer first: it refuses other groups before anything has changed. It
         # gets a copy, because it goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
-        saved_parameters = state["loss_parameters"]
-        with torch.no_grad():
-            for values, saved in zip(self.loss_parameters(), saved_parameters, strict=True):
-                values.copy_(saved)
         # A new scaler: after an interrupted step, the old one would raise in the next
         # step.
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state["scaler"])
-        restore_random_state(self.device, state["random"])
+        torch.set_rng_state(state["random"].cpu())  # torch.load may have put it onto a GPU
         self.epoch = state["epoch"]
         self.seconds = state["seconds"]
         self.mid_epoch = False
@@ -942,27 +925,6 @@ def differing_settings(saved, current):
         if before != now:
             differences.append(f"{name} {before}, not {now}")
     return "; ".join(differences)
-
-
-def tensor_shapes(state_dict):
-    """Return a dictionary: the shape of each tensor of a `state_dict`."""
-    return {name: values.shape for name, values in state_dict.items()
-            if isinstance(values, torch.Tensor)}
-
-
-def random_state(device):
-    """Return the state of PyTorch's own random generators, which a dropout layer uses."""
-    state = {"cpu": torch.get_rng_state()}
-    if device != "cpu":
-        state[device] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def restore_random_state(device, state):
-    """Go back to a `random_state`."""
-    torch.set_rng_state(state["cpu"].cpu())  # torch.load may have put it onto the GPU
-    if device != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device].cpu())
 
 
 # ---- Start of a run: device, precision, data and network ------------------------------
@@ -1123,21 +1085,20 @@ def begin_training(run):
 
 
 def check_parameters(run):
-    """Raise ValueError unless the optimizer holds all parameters that are to be trained.
+    """Raise ValueError unless the optimizer holds the parameters of the model.
 
-    Warn if some parameters are frozen.
+    Parameters that are frozen may be missing.
     """
-    parameters = list(run.model.parameters())
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("all parameters are frozen. Call model.requires_grad_(True)")
-    if len(trainable) < len(parameters):
-        trained_count = sum(parameter.numel() for parameter in trainable)
-        count = sum(parameter.numel() for parameter in parameters)
-        warnings.warn(f"only {trained_count:,} of {count:,} parameters are trained, "
-                      "the others are frozen", stacklevel=4)  # the line that wants to train
-    if not set(run.optimizer_parameters()).issuperset(trainable):
+    held = set()
+    for group in run.optimizer.param_groups:
+        held.update(group["params"])
+    parameters = set(run.model.parameters())
+    trainable = {parameter for parameter in parameters if parameter.requires_grad}
+    if not trainable <= held:
         raise ValueError("the optimizer does not hold all parameters of the model")
+    if not held <= parameters:
+        raise ValueError("the optimizer holds parameters that are not in the model, so they would "
+                         "not be saved. Add them to the model")
 
 
 def keep_freed_memory():
@@ -1488,6 +1449,7 @@ def train_epochs(run, rates, on_step=None):
     if run.epoch >= run.recipe.epochs:
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
                       stacklevel=2)
+        return
     started = time.perf_counter()  # what `begin_training` does counts for the first epoch
     begin_training(run)
     decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
@@ -1556,9 +1518,9 @@ def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The
-    graph starts all kernels of a forward or backward pass at once. On a GPU without bf16,
-    the kernels themselves are slow, so a graph would gain nothing. A graph could not
-    train layers that were frozen when it was captured.
+    graph starts all kernels of a forward or backward pass at once. In fp16 and fp32, the
+    kernels themselves are slow, so a graph would gain little. A graph could not train
+    layers that were frozen when it was captured.
     """
     if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
         return None
@@ -1675,7 +1637,7 @@ def add_recipe_options(parser):
 
 def parse_arguments(argv):
     """Return the recipe and the other options. Invalid ones end the process with code 2."""
-    argv = [with_dashes(str(argument)) for argument in argv]
+    argv = [str(argument) for argument in argv]
     parser = make_parser()
     options = parser.parse_args(argv)
     options.command = shlex.join(["train.py", *argv])
@@ -1690,14 +1652,6 @@ def parse_arguments(argv):
     except ValueError as error:
         parser.error(str(error))
     return recipe, options
-
-
-def with_dashes(argument):
-    """Return an argument; if it is an option, with dashes: --batch-size for --batch_size."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def check_options(options):
@@ -1727,9 +1681,6 @@ def take_recipe(options):
     """
     names = [field.name for field in dataclasses.fields(Recipe)]
     constants = {name: vars(options).pop(name) for name in names if name in options}
-    if constants.get("batch_size"):  # 0 leaves the choice to `fill_in_batch_size`
-        image_count = options.subset - options.holdout
-        check_value("batch_size", constants["batch_size"], (2, image_count))
     recipe = dataclasses.replace(RECIPES[options.recipe], **constants)
     for name in ("muon_lr_factor", "first_convolution"):
         if name in constants and recipe.optimizer != "muon":
@@ -1758,17 +1709,11 @@ def default_output(checkpoint):
 
 
 def check_files(options):
-    """Raise ValueError if the name of a file ends in a slash, or if two files are the same."""
-    given = [options.checkpoint, options.output, options.weights]
-    names = [name for name in given if name is not None]
-    for name in names:
-        if name.endswith(("/", os.sep)):
-            raise ValueError("output, checkpoint and weights must be names of files, without "
-                             f"a slash at the end, got {name}")
-    paths = [Path(name).resolve() for name in names]
+    """Raise ValueError if two files of a run are the same."""
+    names = [options.checkpoint, options.output, options.weights]
+    paths = [Path(name).resolve() for name in names if name is not None]
     if len(set(paths)) < len(paths):
-        raise ValueError("output, checkpoint and weights must be different files, got "
-                         f"{', '.join(str(path) for path in paths)}")
+        raise ValueError("checkpoint, output and weights must be different files")
 
 
 def options_of_seed(options, seed):
@@ -1884,22 +1829,6 @@ def script_commit():
     return f"{commit}+" if has_changed else commit
 
 
-def peak_memory(device):
-    """Return the most memory that this process had so far, in bytes.
-
-    It is that of the GPU for a run on an NVIDIA GPU, else that of the computer. On
-    Windows, the latter is None.
-    """
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
 def describe_environment(run):
     """Return the report's section `environment`: date, commit, versions and machine."""
     if run.device == "cuda":
@@ -1995,33 +1924,31 @@ class Recorder:
     def resume(self):
         """Continue from the checkpoint, or raise UserError if it is not one of this run."""
         path = self.options.checkpoint
-        # This is outside of `try`: if the disk fails, the file may be undamaged.
-        content = io.BytesIO(Path(path).read_bytes())
         try:
-            saved = torch.load(content, map_location=self.run.device, weights_only=True)
-            self.check_settings(saved)
+            saved = torch.load(path, map_location=self.run.device, weights_only=True)
+            self.check_options(saved["report"]["config"]["options"])
             self.run.load_state(saved["run"])
-        except UserError:  # of `check_settings`
-            raise
+            self.continue_report(saved["report"])
         except Exception as error:  # a damaged file raises errors of many types
             if is_out_of_memory(error):
                 raise
-            raise UserError(f"{path} is not a readable checkpoint of this code "
-                            f"({type(error).__name__}).\nIf you changed the code since, undo "
-                            "that, or choose another --checkpoint.") from None
-        self.continue_report(saved["report"])
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"cannot continue {path} ({type(error).__name__}: {reason}).\nFor a new run, "
+                "choose another --checkpoint.\nTo continue that run, give its options. On another "
+                "machine, also give --device and --precision.\nIf you changed the code since, "
+                "undo that.") from None
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
-    def check_settings(self, saved):
-        """Raise UserError if a checkpoint is of another run than this one."""
-        differences = differing_settings(
-            with_options(saved["run"]["settings"], saved["report"]),
-            with_options(self.run.settings(), self.report))
-        if differences:
-            raise UserError(f"{self.options.checkpoint} is of another run: {differences}.\n"
-                            "For a new run, choose another --checkpoint.\nTo continue that "
-                            "run, give its options. On another machine, also give --device "
-                            "and --precision.\nIf you changed the code since, undo that.")
+    def check_options(self, saved):
+        """Raise ValueError if these options of a checkpoint's run were other ones.
+
+        `Run.load_state` checks the settings of the run.
+        """
+        for name in ("holdout", "lr_max", "lr_min"):
+            now = getattr(self.options, name)
+            if saved[name] != now:
+                raise ValueError(f"it is of another run: {name} {saved[name]}, not {now}")
 
     def continue_report(self, saved):
         """Go on with the report of a checkpoint.
@@ -2046,7 +1973,6 @@ class Recorder:
             return
         self.summary.update(summarize_epochs(self.report["epochs"]))
         self.summary["status"] = status
-        self.summary["peak_memory_bytes"] = peak_memory(self.run.device)
         self.summary["total_seconds"] = time.perf_counter() - self.started
 
     def save_report(self):
@@ -2067,13 +1993,6 @@ class Recorder:
         """Save report and checkpoint of a run that goes on."""
         self.update_summary("running")
         save_all_or_warn(self.save_report, self.save_checkpoint)
-
-
-def with_options(settings, report):
-    """Return the settings of a run, with the options that must stay the same, too."""
-    options = report["config"]["options"]
-    return {**settings, "holdout": options["holdout"], "lr_max": options["lr_max"],
-            "lr_min": options["lr_min"]}
 
 
 def save_all(*saves):
@@ -2102,10 +2021,7 @@ def show_status(text):
     """
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
-        # A longer text would start a new line. In Python 3.10, a terminal may have 0
-        # columns.
-        width = max(0, shutil.get_terminal_size().columns - 1)
-        print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
+        print(f"\r{text[:79]:<79}\r", end="", flush=True)
 
 
 def progress_callback(run, sweeping=False):
@@ -2135,8 +2051,7 @@ def print_heading(report):
     """Print what is run, and on what."""
     options = report["config"]["options"]
     data = report["data"]
-    # Reports of older code have no "continued_in".
-    environments = [report["environment"], *report.get("continued_in", [])]
+    environments = [report["environment"], *report["continued_in"]]
     environment = environments[-1]  # of the last process that trained
     constants = report["config"]["recipe"]
     recipe = RECIPES[options["recipe"]]
@@ -2169,7 +2084,7 @@ def print_rates(report):
     decay = "L2 term" if constants["l2"] else "weight decay"
     print(f"rates    LRMIN {rates['lr_min']:.3g}, LRMAX {rates['lr_max']:.3g}{peak}, "
           f"{decay} {rates['weight_decay']:.3g}")
-    if rates.get("note"):  # reports of older code have no "note"
+    if rates["note"]:
         lines = rates["note"].replace(". ", ".\n         ")
         print(f"note     {lines}")
 
@@ -2268,7 +2183,9 @@ def plot_curves(figure, report):
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
     rate_axes.plot(*learning_rate_curve(report))
     rate_axes.set_ylim(bottom=0)
-    loss_axes.set(title="Loss, with label smoothing", ylabel="loss")
+    smoothing = report["config"]["recipe"]["label_smoothing"]
+    title = f"Loss, with label smoothing {smoothing:g}" if smoothing else "Loss"
+    loss_axes.set(title=title, ylabel="loss")
     accuracy_axes.set(title="Accuracy", ylabel="accuracy")
     rate_axes.set(title="Learning rate", ylabel="learning rate")
     loss_axes.legend()
@@ -2380,9 +2297,7 @@ def try_to_draw(draw, *content):
     """Call `draw`. If it fails, print why figures are missing: the run is not lost."""
     try:
         draw(*content)
-    except ImportError as error:
-        print(f"figures  missing: {error} (pip install matplotlib?)")
-    except Exception as error:
+    except Exception as error:  # often, there is no matplotlib
         print(f"figures  missing: {error}")
 
 

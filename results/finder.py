@@ -113,9 +113,8 @@ class Case:
 
 
 AdamW = torch.optim.AdamW  # with PyTorch's epsilon, 1e-8
-# Groups, in the order in which they were measured. README.md says how the first three of
-# them entered the choice of the rule.
-FIRST_CASES = {
+# Our rule was chosen on these, in the order in which they were measured.
+CHOICE_CASES = {
     "narrow": Case(rate=0.06, model=narrow_resnet),
     "narrow-adamw": Case(rate=0.016, model=narrow_resnet, optimizer=AdamW),
     "narrow-plain": Case(rate=0.016, model=narrow_resnet, recipe=train.RECIPES["plain"]),
@@ -128,8 +127,6 @@ FIRST_CASES = {
     "narrow-adamw-128": Case(rate=0.016, images=10_000, batch_size=128, epochs=3, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
     "resnet18": Case(rate=0.05, images=2_500, model=resnet18, optimizer=nesterov),
-}
-LATER_CASES = {
     "narrow-8-epochs": Case(rate=0.03, epochs=8, model=narrow_resnet),
     "narrow-nesterov-256": Case(rate=0.03, images=5_000, batch_size=256, epochs=6, seeds=(0,),
                                 model=narrow_resnet, optimizer=nesterov),
@@ -138,8 +135,6 @@ LATER_CASES = {
     "tutorial": Case(rate=0.05, images=2_500, epochs=8, model=tutorial_network,
                      optimizer=nesterov),
     "perceptron": Case(rate=0.004, images=2_500, model=perceptron, optimizer=AdamW),
-}
-NEXT_CASES = {
     "narrow-1-epoch": Case(rate=0.03, epochs=1, model=narrow_resnet),
     "narrow-adamw-16-epochs": Case(rate=0.016, epochs=16, model=narrow_resnet,
                                    optimizer=AdamW),
@@ -163,7 +158,14 @@ TEST_CASES = {
     "narrow-adamw-256": Case(rate=0.016, images=10_000, batch_size=256, epochs=5, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
 }
-CASES = {**FIRST_CASES, **LATER_CASES, **NEXT_CASES, **TEST_CASES}
+CASES = {**CHOICE_CASES, **TEST_CASES}
+SUMMARIES = (  # the last rows of the table: a title, what is computed, and of which cases
+    (f"mean of the first {len(CHOICE_CASES)}", np.mean, CHOICE_CASES),
+    (f"worst of the first {len(CHOICE_CASES)}", np.max, CHOICE_CASES),
+    (f"mean of the last {len(TEST_CASES)}", np.mean, TEST_CASES),
+    (f"worst of the last {len(TEST_CASES)}", np.max, TEST_CASES),
+    (f"mean of all {len(CASES)}", np.mean, CASES),
+)
 
 
 # ---- Measuring a case --------------------------------------------------------------------
@@ -268,94 +270,51 @@ def picked_rates(name, rule):
     return [rule(sweep["lr"], sweep["loss"], steps) for sweep in sweeps]
 
 
-def regret(name, rule):
-    """Return how many points of accuracy a rule loses against the best rate of the case.
+def judge(name, rule):
+    """Judge a rule by a case. Return two results for the rates that it picks.
 
-    Between two rates, the accuracy is interpolated over the logarithm of the rate. Below the
-    lowest and above the highest one, it is that of the nearest one.
+    First, how many points of accuracy it loses against the best rate of the case. Between two
+    rates, the accuracy is interpolated over the logarithm of the rate. Below the lowest and
+    above the highest one, it is that of the nearest one. Second, whether it picks such a rate.
     """
     rates, accuracies = mean_accuracies(load_record(name))
-    picked = np.log(picked_rates(name, rule))
-    reached = np.interp(picked, np.log(rates), accuracies)
-    return max(0.0, 100 * (max(accuracies) - reached.mean()))  # never -0.0
-
-
-def is_beyond(name, rule):
-    """Tell whether a rule picks a rate beyond those at which the case was trained."""
-    rates, _ = mean_accuracies(load_record(name))
     picked = picked_rates(name, rule)
-    return min(picked) < rates[0] or max(picked) > rates[-1]
-
-
-def regret_cell(name, rule):
-    """Return a regret as text; a star says that a rate was picked beyond the measured ones."""
-    star = "*" if is_beyond(name, rule) else ""
-    return f"{regret(name, rule):.1f}{star}"
+    reached = np.interp(np.log(picked), np.log(rates), accuracies)
+    lost = max(0.0, 100 * (max(accuracies) - reached.mean()))  # never -0.0
+    is_beyond = min(picked) < rates[0] or max(picked) > rates[-1]
+    return lost, is_beyond
 
 
 def table_of_cases():
-    """Return the table of regrets: a list of rows, which are lists of texts."""
+    """Return the table of the points that each rule loses in each case, as lists of texts.
+
+    A star says that a rule picks a rate beyond the measured ones.
+    """
     rows = [["case", "best rate", "LRMAX", *rules.RULES]]
+    points = {}  # for each case, what each rule loses
     for name in CASES:
         rates, accuracies = mean_accuracies(load_record(name))
         best = rates[int(np.argmax(accuracies))]
         picked = picked_rates(name, rules.ours)
-        cells = [regret_cell(name, rule) for rule in rules.RULES.values()]
-        rows.append([name, f"{best:.3g}", studies.span(picked, "{:.2g}"), *cells])
-    return rows
-
-
-def table_of_means():
-    """Return the table of the mean and the worst regret of each rule."""
-    rows = [["points lost", *rules.RULES]]
-    groups = {"the first {} cases": FIRST_CASES, "the later {} cases": LATER_CASES,
-              "the next {} cases": NEXT_CASES, "the {} test cases": TEST_CASES,
-              "all {} cases": CASES}
-    for group, cases in groups.items():
-        title = group.format(len(cases))
-        regrets = []  # a row for each rule
+        points[name] = []
+        cells = []
         for rule in rules.RULES.values():
-            regrets.append([regret(name, rule) for name in cases])
-        rows.append([f"mean of {title}", *(f"{np.mean(values):.1f}" for values in regrets)])
-        rows.append([f"worst of {title}", *(f"{np.max(values):.1f}" for values in regrets)])
+            lost, is_beyond = judge(name, rule)
+            points[name].append(lost)
+            cells.append(f"{lost:.1f}*" if is_beyond else f"{lost:.1f}")
+        rows.append([name, f"{best:.3g}", studies.span(picked, "{:.2g}"), *cells])
+    for title, summarize, cases in SUMMARIES:
+        summary = summarize([points[name] for name in cases], axis=0)
+        rows.append([title, "", "", *(f"{value:.1f}" for value in summary)])
     return rows
-
-
-def draw(name):
-    """Draw the first sweep of a case and its accuracies, with what each rule picks."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-    record = load_record(name)
-    first_sweep = record["sweeps"][0]
-    rates, accuracies = mean_accuracies(record)
-    figure = Figure((9, 4.5), dpi=120, layout="constrained")
-    figure.suptitle(f"Case {name}: what each rule picks from one sweep")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    loss_axes.plot(first_sweep["lr"], first_sweep["loss"], color="gray")
-    loss_axes.set(xlabel="learning rate", ylabel="loss of the sweep", xscale="log")
-    accuracy_axes.plot(rates, accuracies, ".-", color="gray")
-    accuracy_axes.set(xlabel="LRMAX", ylabel="accuracy after training", xscale="log")
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
-    for number, (label, rule) in enumerate(rules.RULES.items()):
-        picked = picked_rates(name, rule)[0]
-        style = "-" if rule is rules.ours else "--"  # dashes show a line below another one
-        for axes in (loss_axes, accuracy_axes):
-            axes.axvline(picked, color=f"C{number}", linestyle=style, label=label)
-    handles, labels = loss_axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.savefig(record_path(name).with_suffix(".png"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweeps", action="store_true", help="renew the sweeps alone")
-    parser.add_argument("--draw", action="store_true", help="draw a record, measure nothing")
     options = studies.parse_names(parser, CASES)
     for name in options.names:
-        if options.draw:
-            draw(name)
-        else:
-            measure(name, options.data_dir, with_training=not options.sweeps)
+        measure(name, options.data_dir, with_training=not options.sweeps)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and in fp32, so that all machines can repeat it. The runs are a fractional facto
 """
 
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
@@ -112,21 +111,6 @@ def table_of_effects():
     rows = [["constant", "change", "accuracy", "flip TTA"]]
     for label, accuracy_cell, tta_cell in zip(labels, accuracy_cells, tta_cells):
         rows.append([*label, accuracy_cell, tta_cell])
-    return rows
-
-
-def table_of_pairs():
-    """Return the table of the means for each pair of Muon's rate and momentum."""
-    rows = [["momentum", "highest rate", "accuracy", "flip TTA"]]
-    records = STUDY.load_records()
-    for momentum, rate in itertools.product(FACTORS["momentum"], FACTORS["muon_lr"]):
-        of_pair = [record for record in records
-                   if record["values"]["momentum"] == momentum
-                   and record["values"]["muon_lr"] == rate]
-        accuracy = np.mean([record["accuracies"][-1] for record in of_pair])
-        tta_accuracy = np.mean([record["tta_accuracy"] for record in of_pair])
-        rows.append([f"{momentum:g}", f"{rate:g}", studies.percent(accuracy),
-                     studies.percent(tta_accuracy)])
     return rows
 
 

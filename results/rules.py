@@ -24,16 +24,12 @@ def count_adam_steps(recipe, image_count):
     return recipe.epochs * train.count_steps(image_count, recipe.batch_size)
 
 
-def smooth(lrs, losses):
-    """Return the losses of a sweep as train.py smooths them."""
-    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
-    return train.smooth_losses(losses, steps_per_decade)
-
-
 def ours(lrs, losses, adam_steps):
     """Return the LRMAX that train.py finds; the start of the sweep if it finds none."""
+    steps_per_decade = 1 / math.log10(lrs[1] / lrs[0])
+    smoothed = train.smooth_losses(losses, steps_per_decade)
     try:
-        _, lr_max = train.read_sweep(lrs, smooth(lrs, losses), adam_steps)
+        _, lr_max = train.read_sweep(lrs, smoothed, adam_steps)
     except train.UserError:
         return lrs[0]
     return lr_max
@@ -42,27 +38,6 @@ def ours(lrs, losses, adam_steps):
 def always_twice(lrs, losses, adam_steps):
     """Return what train.py finds where training is not short, or not with Adam."""
     return ours(lrs, losses, 0)
-
-
-def with_fitted_limit(lrs, losses, adam_steps):
-    """Return what train.py found until commit 0c16f57: with Adam, at most a fitted limit.
-
-    The limit depends on the number of steps, and on the rate from which on 90% of the
-    fall is done.
-    """
-    highest = always_twice(lrs, losses, adam_steps)
-    if adam_steps == 0:
-        return highest
-    smoothed = smooth(lrs, losses)
-    minimum = min(smoothed)
-    first = smoothed.index(minimum)
-    if first == 0:  # the loss never falls
-        return highest
-    while smoothed[first - 1] <= minimum + 0.1 * (smoothed[0] - minimum):
-        first -= 1
-    last = train.last_low_step(smoothed)
-    middle = math.sqrt(lrs[first] * lrs[last])
-    return min(highest, middle * adam_steps ** 0.6 / 9)
 
 
 def steepest(lrs, losses, adam_steps):
@@ -119,7 +94,6 @@ def valley(lrs, losses, adam_steps):
 RULES = {
     "ours": ours,
     "always 2 x high": always_twice,
-    "fitted limit": with_fitted_limit,
     "steepest": steepest,
     "minimum / 10": tenth_of_minimum,
     "valley": valley,

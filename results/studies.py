@@ -82,13 +82,11 @@ def span(numbers, form="{:.3g}"):
 class Study:
     """The runs of a study: `runs` maps the name of each run to its constants, {constant: value}."""
 
-    def __init__(self, folder, runs, seeds=None):
-        """`folder` is that of the records in results/. By default, seeds count from 0."""
-        if seeds and len(seeds) != len(runs):
-            raise ValueError("give a seed for each run")
+    def __init__(self, folder, runs):
+        """`folder` is that of the records in results/. Each run has a seed of its own, from 0."""
         self.folder = folder
         self.runs = runs
-        self.seeds = dict(zip(runs, seeds or itertools.count()))
+        self.seeds = {name: seed for seed, name in enumerate(runs)}
 
     def record_path(self, name):
         """Return the file of a run's record."""
@@ -160,12 +158,9 @@ def estimate_effects(levels, results):
     An effect says how much larger `results` (runs,) are with a 1 in the column than with a 0.
     Each column must have a 1 in half of the runs, and no two may be correlated. The error
     comes from what all effects together leave unexplained. It is the same for all columns.
-    Raise ValueError if there are too few runs for it.
     """
     results = np.asarray(results)
     run_count, columns = levels.shape
-    if run_count < columns + 2:
-        raise ValueError("the error needs at least two more runs than effects")
     signs = 2 * levels - 1
     effects = signs.T @ results / (run_count / 2)
     residuals = results - results.mean() - signs @ effects / 2

@@ -17,7 +17,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import best_tuning  # noqa: E402
 import finder  # noqa: E402
 import muon_tuning  # noqa: E402
 import rules  # noqa: E402
@@ -30,7 +29,7 @@ FILES = [HERE.parent / "README.md", HERE / "README.md"]
 #
 #     "NAME": (heading, columns, rows)
 #
-# The tables of STUDY_TABLES, below, are not made from reports, but from records of their own.
+# The tables of STUDY_TABLES, below, are made from records of the studies instead.
 #
 # `rows` is a list of (label, pattern). The label is the text at the left end of a row;
 # `heading` is the heading above the labels. A " | " in them begins another column. The
@@ -140,10 +139,7 @@ TABLES = {
 
 STUDY_TABLES = {  # the functions that make these tables, from the records of the studies
     "finder-cases": finder.table_of_cases,
-    "finder-means": finder.table_of_means,
-    "best-runs": best_tuning.table_of_runs,
     "muon-effects": muon_tuning.table_of_effects,
-    "muon-pairs": muon_tuning.table_of_pairs,
 }
 
 

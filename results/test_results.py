@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import best_tuning  # noqa: E402
 import finder  # noqa: E402
 import muon_tuning  # noqa: E402
 import rules  # noqa: E402
@@ -28,7 +26,6 @@ import train  # noqa: E402
 from test_train import linear_network, random_split  # noqa: E402
 
 CLASSES = [str(number) for number in range(10)]
-STUDIES = [muon_tuning.STUDY, best_tuning.STUDY]
 
 
 # ---- Tables and text say what the reports say -------------------------------------------
@@ -54,16 +51,13 @@ def rows_of(names):
 
 
 def percentages_of_reports():
-    """Return each accuracy of the reports and the small study, and each mean, as text."""
+    """Return each accuracy of the reports, and each mean, as text."""
     numbers = []
     for row in rows_of(tables.TABLES):
         if all(report["epochs"] for report in row.values()):
             for key in ("final_test_accuracy", "tta_test_accuracy"):
                 accuracies = tables.values(row, key)
                 numbers += [*accuracies, np.mean(accuracies)]
-    for record in best_tuning.STUDY.load_records():
-        for average in record["averages"]:
-            numbers += [average["accuracy"], average["tta_accuracy"]]
     return {studies.percent(number) for number in numbers}
 
 
@@ -124,7 +118,7 @@ def test_a_percentage_with_two_decimals_is_of_some_report_or_has_its_source(path
 def test_each_report_is_used_by_a_table_that_is_shown(shown_reports):
     paths = {path.relative_to(tables.HERE).as_posix()
              for path in tables.HERE.glob("*/*.json")
-             if path.parent.name not in ("finder", *(study.folder for study in STUDIES))}
+             if path.parent.name not in ("finder", "muon-tuning")}
     assert set(shown_reports) == paths
 
 
@@ -340,17 +334,8 @@ def test_our_rule_is_twice_as_high_in_a_long_training():
     assert rules.always_twice(STEP_LRS, losses, 1) == 2 * short
 
 
-def test_the_fitted_limit_is_for_adam_and_rises_with_the_steps():
-    assert rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 0) == 1.0
-    # The loss is low from about 0.01 to 1, so the rate between them is 0.1.
-    limit = rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 1)
-    assert limit == pytest.approx(0.1 / 9, rel=0.3)
-    assert rules.with_fitted_limit(STEP_LRS, STEP_LOSSES, 32) == pytest.approx(8 * limit)
-
-
-@pytest.mark.parametrize("rule", [rules.ours, rules.with_fitted_limit])
-def test_our_rules_pick_the_start_of_a_sweep_without_a_fall(rule):
-    assert rule([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 1) == 1e-6
+def test_our_rule_picks_the_start_of_a_sweep_without_a_fall():
+    assert rules.ours([1e-6, 1e-5, 1e-4], [1.0, 2.0, 3.0], 1) == 1e-6
 
 
 @pytest.fixture
@@ -370,18 +355,38 @@ def finder_case(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("picked, lost", [
     (0.01, 0), (0.001, 30), (0.1, 40), (10 ** -2.5, 15), (1e-6, 30), (10.0, 40)])
-def test_a_regret_is_the_accuracy_that_is_lost_against_the_best_rate(
+def test_a_rule_loses_the_accuracy_that_it_has_less_than_the_best_rate(
         finder_case, picked, lost):
-    regret = finder.regret(finder_case, lambda lrs, losses, steps: picked)
-    assert regret == pytest.approx(lost)
+    measured, _ = finder.judge(finder_case, lambda lrs, losses, steps: picked)
+    assert measured == pytest.approx(lost)
 
 
-@pytest.mark.parametrize("picks, cell", [
-    ([0.001, 0.1], "35.0"), ([0.01, 0.2], "20.0*"), ([0.0005, 0.01], "15.0*")])
-def test_a_regret_is_a_mean_with_a_star_if_a_rate_was_picked_beyond_the_measured_ones(
-        finder_case, picks, cell):
-    endless = itertools.cycle(picks)
-    assert finder.regret_cell(finder_case, lambda lrs, losses, steps: next(endless)) == cell
+@pytest.mark.parametrize("picks, lost, is_beyond", [
+    ([0.001, 0.1], 35, False), ([0.01, 0.2], 20, True), ([0.0005, 0.01], 15, True)])
+def test_the_loss_of_a_rule_is_a_mean_and_says_if_a_rate_was_beyond_the_measured_ones(
+        finder_case, picks, lost, is_beyond):
+    pick = iter(picks)
+    judged = finder.judge(finder_case, lambda lrs, losses, steps: next(pick))
+    assert judged == (pytest.approx(lost), is_beyond)
+
+
+def test_the_table_of_cases_has_a_star_and_ends_with_mean_and_worst(finder_case, monkeypatch):
+    cases = {"first": finder.CASES["case"], "second": finder.CASES["case"]}
+    record = finder.load_record("case")
+    for name in cases:
+        studies.write_record(finder.record_path(name), record)
+    picks = {"first": 0.001, "second": 0.2}
+    monkeypatch.setattr(finder, "CASES", cases)
+    monkeypatch.setattr(finder, "SUMMARIES", [("mean", np.mean, cases), ("worst", np.max, cases)])
+    monkeypatch.setattr(finder, "picked_rates", lambda name, rule: [picks[name]])
+    monkeypatch.setattr(rules, "RULES", {"ours": rules.ours})
+    assert finder.table_of_cases() == [
+        ["case", "best rate", "LRMAX", "ours"],
+        ["first", "0.01", "0.001", "30.0"],
+        ["second", "0.01", "0.2", "40.0*"],
+        ["mean", "", "", "35.0"],
+        ["worst", "", "", "40.0"],
+    ]
 
 
 @pytest.mark.parametrize("changes, steps", [
@@ -517,7 +522,7 @@ def test_training_images_that_are_held_out_too_are_refused(monkeypatch):
         studies.split_training_images("data", 61, 40)
 
 
-# ---- The studies that tune Muon ----------------------------------------------------------
+# ---- The study that tunes Muon ------------------------------------------------------------
 
 def test_no_factor_is_mixed_up_with_another_or_with_a_joint_effect():
     signs = 2 * studies.levels_of(muon_tuning.RUNS) - 1
@@ -570,30 +575,10 @@ def test_effects_are_shown_in_points():
     assert studies.cells_of_effects(levels, accuracies) == ["+3.00 ± 1.00", "+0.00 ± 1.00"]
 
 
-def test_effects_of_too_few_runs_have_no_error_and_are_refused():
-    levels = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]])
-    with pytest.raises(ValueError, match="the error needs at least two more runs"):
-        studies.estimate_effects(levels, [0.5, 0.4, 0.3, 0.2])
-
-
-def test_a_pair_of_rate_and_momentum_has_the_mean_of_its_four_runs(monkeypatch):
-    def load_record(name):
-        is_high = [digit == "1" for digit in name]
-        accuracy = 0.8 if is_high[0] and not is_high[2] else 0.2 + 0.1 * is_high[1]
-        return {"values": muon_tuning.RUNS[name], "accuracies": [0.0, accuracy],
-                "tta_accuracy": accuracy}
-
-    monkeypatch.setattr(muon_tuning.STUDY, "load_record", load_record)
-    _, *rows = muon_tuning.table_of_pairs()
-    assert rows == [["0.6", "0.07", "25.00", "25.00"], ["0.6", "0.14", "80.00", "80.00"],
-                    ["0.85", "0.07", "25.00", "25.00"], ["0.85", "0.14", "25.00", "25.00"]]
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.folder)
-def test_each_run_of_a_study_has_a_record(study):
-    names = [path.stem for path in (studies.HERE / study.folder).glob("*.json")]
-    assert sorted(names) == sorted(study.runs)
-    study.load_records()  # refuses those of other values
+def test_each_run_of_muon_tuning_has_a_record():
+    names = [path.stem for path in (studies.HERE / "muon-tuning").glob("*.json")]
+    assert sorted(names) == sorted(muon_tuning.RUNS)
+    muon_tuning.STUDY.load_records()  # refuses those of other values
 
 
 @pytest.fixture
@@ -629,11 +614,6 @@ def test_a_study_does_not_pass_over_a_record_of_other_values(small_study, monkey
     studies.write_record(small_study.record_path("a"), record)
     with pytest.raises(ValueError, match="is of other values or another seed than the study"):
         small_study.measure(lambda *_: record, 60, 40, "a study")
-
-
-def test_a_study_needs_a_seed_for_each_run():
-    with pytest.raises(ValueError, match="give a seed for each run"):
-        studies.Study("study", {"a": {"size": 1}, "b": {"size": 2}}, seeds=[7])
 
 
 def matrices_of_adam(run):
@@ -677,113 +657,6 @@ def test_the_narrow_network_begins_by_passing_its_input_on():
     images = torch.rand(1, 32, 8, 8)
     block = network[2].residual[0]  # a convolution that has as many outputs as inputs
     assert torch.equal(block[0](images), images)
-
-
-def test_half_the_channels_counted_by_hand():
-    convolutions = 9 * (3*64 + 64*64 + 2*64*64 + 64*128 + 128*256 + 2*256*256)
-    batch_norms = 2 * (64 + 3*64 + 128 + 3*256)
-    last_layer = 256*10 + 10
-    network = best_tuning.HalfResNet()
-    counted = sum(parameter.numel() for parameter in network.parameters())
-    assert counted == convolutions + batch_norms + last_layer
-
-
-def test_the_network_with_half_the_channels_begins_by_passing_its_input_on():
-    network = best_tuning.HalfResNet()
-    images = torch.rand(1, 64, 8, 8)
-    for block in network.layer1[1].residual:
-        assert torch.equal(block[0](images), images)
-
-
-@pytest.fixture
-def train_small_run(monkeypatch, started_runs):
-    """Return a function that trains a run of the study, but shorter: its record, its Run."""
-    monkeypatch.setattr(best_tuning, "WATCHED", 10)
-
-    def train_named(name, **changed):
-        split = random_split(40)
-        values = {**best_tuning.RUNS[name], "batch_size": 16, "epochs": 1, **changed}
-        record = best_tuning.train_run(values, split, split, seed=0)
-        return record, started_runs[0]
-
-    return train_named
-
-
-def test_a_run_of_best_tuning_trains_with_its_values(train_small_run):
-    record, run = train_small_run("seed0")
-    assert run.recipe == train.Recipe(
-        epochs=1, batch_size=16, optimizer="muon", muon_lr_factor=0.05 / 0.06,
-        first_convolution="adam", cutout=0, label_smoothing=0.1, padding=2)
-    assert run.precision == "bf16"
-    assert run.loss is train.cross_entropy
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 300)  # of the last step
-    assert type(run.model) is best_tuning.HalfResNet
-
-
-@pytest.mark.parametrize("name, matrices", [
-    ("seed0", ["prep.0.weight", "head.weight"]), ("seed2", ["head.weight"])])
-def test_adam_or_muon_updates_the_first_convolution(train_small_run, name, matrices):
-    _, run = train_small_run(name, precision="fp32")
-    assert matrices_of_adam(run) == matrices
-
-
-def test_a_run_with_mixed_images_trains_with_their_loss(train_small_run, monkeypatch):
-    shares = []
-    mixed_cross_entropy = best_tuning.mixed_cross_entropy
-
-    def keep_share(share, generator):
-        shares.append(share)
-        return mixed_cross_entropy(share, generator)
-
-    monkeypatch.setattr(best_tuning, "mixed_cross_entropy", keep_share)
-    _, run = train_small_run("seed8", precision="fp32")
-    assert shares == [0.5]
-    assert run.loss is not train.cross_entropy
-
-
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_a_mixed_image_has_the_labels_of_both_by_their_parts(share):
-    count = 200
-    shown = []
-
-    def forward(images):
-        shown.append(images)
-        return torch.randn(count, 10, generator=torch.Generator().manual_seed(0))
-
-    run = types.SimpleNamespace(forward=forward, recipe=train.Recipe(label_smoothing=0))
-    labels = torch.arange(count) % 10
-    images = labels.view(count, 1, 1, 1).float().expand(count, 3, 32, 32)  # show their label
-    mixed_loss = best_tuning.mixed_cross_entropy(share, torch.Generator().manual_seed(1))
-    loss, logits = mixed_loss(run, images, labels)
-
-    shown_labels = shown[0][:, 0].flatten(1).long()
-    log_probabilities = logits.log_softmax(1)
-    of_pixels = -log_probabilities.gather(1, shown_labels)
-    assert loss.item() == pytest.approx(of_pixels.mean().item(), rel=1e-5)
-    is_foreign = shown_labels != labels.view(count, 1)
-    assert set(is_foreign.sum(1).tolist()) <= {0, 16 * 16}
-    # One image in ten is mixed with one of its own class.
-    assert is_foreign.any(1).float().mean().item() == pytest.approx(0.9 * share, abs=0.1)
-
-
-def test_the_averages_of_best_tuning_are_those_of_runs_with_each_time(train_small_run):
-    # Two epochs of eight steps. The average of the run itself is over 0.5 epochs.
-    record, run = train_small_run("seed2", epochs=2, batch_size=5, precision="fp32")
-    split = random_split(40)
-    values = {**best_tuning.RUNS["seed2"], "epochs": 2, "batch_size": 5, "precision": "fp32"}
-    other = best_tuning.start(values, split, split, seed=0)
-    other.recipe = dataclasses.replace(other.recipe, ema_epochs=0.25)
-    list(train.train_epochs(other, train.Rates(0.06 / 300, 0.06)))
-    quarter, half = record["averages"]
-    assert (quarter["ema_epochs"], half["ema_epochs"]) == (0.25, 0.5)
-    assert quarter["loss"] != half["loss"]
-    for average, trained in ((quarter, other), (half, run)):
-        trained.test = train.prepare_images(split, run.mean, run.std, run.device, run.dtype)
-        result = train.evaluate_run(trained)
-        with_tta = train.evaluate_run(trained, tta=True)
-        assert average["loss"] == result["test_loss"]
-        assert average["accuracy"] == result["test_accuracy"]
-        assert average["tta_accuracy"] == with_tta["test_accuracy"]
 
 
 if __name__ == "__main__":
