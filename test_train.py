@@ -7,7 +7,6 @@ On Windows, some cannot pass.
 import contextlib
 import copy
 import dataclasses
-import gc
 import hashlib
 import itertools
 import json
@@ -15,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -24,7 +24,6 @@ import sys
 import tarfile
 import threading
 import warnings
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -342,18 +341,6 @@ def test_training_and_test_images_need_the_same_channels():
         run_with(TRAINABLE, test=gray)
 
 
-def test_a_network_for_another_size_keeps_its_weights_until_it_trains():
-    network = linear_network(48, 32)
-    split = random_split(8, 48, 32)
-    before = copy.deepcopy(network[1].weight)
-    recipe = Recipe(epochs=1, batch_size=4)
-    run = train.start_run(recipe, split, split, device="cpu", model=network)
-    assert run.model is network
-    assert torch.equal(network[1].weight, before)
-    list(train.train_epochs(run, STEP_RATES))
-    assert not torch.equal(network[1].weight, before)
-
-
 # ---- Data and augmentation -------------------------------------------------------------
 
 def run_with(split, test=None, seed=0, precision="fp32", augment=None, **constants):
@@ -599,14 +586,8 @@ def test_random_flips_mirror_another_half_in_each_epoch():
     alternating = mirrored_in_epoch(1, "alternating")  # drawn apart
     for one, other in itertools.combinations([first, second, alternating], 2):
         assert 200 < (one != other).sum() < 300
-
-
-@pytest.mark.parametrize("flips", ["alternating", "random"])
-def test_half_of_many_images_are_mirrored(flips):
-    split = train.Split(None, torch.zeros(100_000))
-    run = SimpleNamespace(recipe=Recipe(flips=flips), seed=0, training=split)
-    mirrored = train.draw_flips(run, 1, train.epoch_generator(0, 1, "cpu"))
-    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.008)  # five deviations
+    for mirrored in (first, second, alternating):
+        assert 200 < mirrored.sum() < 300
 
 
 @pytest.mark.parametrize("precision, dtype", [
@@ -997,6 +978,25 @@ def test_a_sweep_that_is_interrupted_leaves_the_run_as_it_was():
 
 # ---- Steps, evaluation, epochs ---------------------------------------------------------
 
+# After a change of these losses, the runs in results/ no longer show what the code does. They
+# are those of the code of the runs, in fp32. Rounding, which differs from one CPU to another,
+# changes them by less than the tolerance; in "plain", Adam's small epsilon amplifies it.
+@pytest.mark.parametrize("name, losses, tolerance", [
+    ("tuned", [2.3703, 2.0601, 2.2904], 1e-3),
+    ("fast", [2.3711, 2.1843, 2.4028], 1e-3),
+    ("best", [2.3820, 2.1983, 2.3028], 1e-3),
+    ("plain", [4.3513, 2.2922, 2.5598], 3e-2)])
+def test_each_recipe_trains_as_in_the_runs_of_the_tables(name, losses, tolerance):
+    training, test, _ = train.load_sample()
+    recipe = dataclasses.replace(train.RECIPES[name], epochs=2, batch_size=16)
+    run = train.start_run(recipe, train.take_images(training, slice(32)),
+                          train.take_images(test, slice(16)), seed=3, device="cpu",
+                          precision="fp32")
+    first, last = train.train_epochs(run, train.Rates(1e-5, 3e-3))
+    found = [first["train_loss"], last["train_loss"], last["test_loss"]]
+    assert found == pytest.approx(losses, rel=tolerance)
+
+
 @pytest.mark.parametrize("decay_epochs, lr_max, steps_per_epoch, steps", [
     (5, 0.04, 98, 490), (5, 0.01, 391, 1955), (8, 0.04, 98, 784),
     (5, 0.04, 4, 100)])  # 5 epochs would be 20 steps, but the time is at least 100
@@ -1131,12 +1131,6 @@ def test_the_device_is_a_gpu_if_there_is_one(monkeypatch, available):
     assert train.choose_device(torch.device("cpu")) == "cpu"
 
 
-def test_the_number_of_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"finds here \(cuda, .*cpu\), got cuda:1"):
-        train.choose_device("cuda:1")
-
-
 def spoil_layout(images, generator):
     """Return the images in a layout that no device has."""
     return images.transpose(2, 3).contiguous().transpose(2, 3)
@@ -1157,13 +1151,6 @@ def test_weights_and_images_have_the_layout_of_their_device(monkeypatch, device,
         assert values.is_contiguous(memory_format=layout)
 
 
-def test_full_precision_needs_no_autocast(monkeypatch):
-    run = small_run(model=linear_network)
-    # PyTorch 2.7 warns of fp32 on Apple GPUs, even if autocast is not enabled.
-    monkeypatch.setattr(torch, "autocast", raiser(AssertionError))
-    assert run.forward(run.test.images).dtype == torch.float32
-
-
 def test_autocast_is_for_the_device_and_the_precision_of_the_run(monkeypatch):
     run = small_run(precision="bf16", model=linear_network)
     run.device = "cuda"
@@ -1176,15 +1163,6 @@ def test_autocast_keeps_no_copies_of_weights():
     with run.autocast():
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()
-
-
-@pytest.mark.parametrize("precision, searches", [
-    ("fp32", True), ("fp16", True), ("bf16", False)])
-def test_cudnn_searches_for_fast_kernels_unless_the_run_is_in_bf16(
-        monkeypatch, precision, searches):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not searches)
-    small_run(precision=precision, model=linear_network)
-    assert torch.backends.cudnn.benchmark == searches
 
 
 def losses_of_two_steps(precision):
@@ -1324,11 +1302,6 @@ def test_a_network_whose_logits_do_not_fit_the_classes_is_refused(network, reaso
         train.evaluate_run(run)
 
 
-def test_a_network_may_have_more_outputs_than_there_are_classes():
-    run = small_run(Recipe(epochs=1), model=lambda: linear_network(classes=1000))
-    assert len(list(train.train_epochs(run, STEP_RATES))) == 1
-
-
 @pytest.mark.parametrize("library", [
     raiser(OSError("there is no libc.so.6")), lambda name: SimpleNamespace()])
 def test_a_system_without_glibc_is_left_as_it_is(monkeypatch, library):
@@ -1364,16 +1337,6 @@ def test_a_run_with_a_sweep_learns_to_tell_easy_images_apart(workplace, optimize
     assert last["test_accuracy"] >= 0.8  # chance is 0.1
 
 
-@pytest.mark.parametrize("device, is_kept", [("cpu", True), ("mps", False)])
-def test_keep_freed_memory_is_called_on_the_cpu_alone(monkeypatch, device, is_kept):
-    calls = []
-    monkeypatch.setattr(train, "keep_freed_memory", lambda: calls.append("kept"))
-    run = small_run(model=linear_network)
-    run.device = device
-    train.begin_training(run)
-    assert bool(calls) == is_kept
-
-
 @pytest.mark.filterwarnings("ignore:the loss of the sweep")
 @pytest.mark.parametrize("l2", [0, 0.1])
 def test_a_sweep_after_a_training_is_in_training_mode_with_l2_but_no_weight_decay(l2):
@@ -1388,17 +1351,6 @@ def test_a_sweep_after_a_training_is_in_training_mode_with_l2_but_no_weight_deca
     assert decay > 0
     assert set(seen) == {(l2, True)}
     assert run.optimizer.param_groups[0]["weight_decay"] == decay
-
-
-def test_training_is_in_fp32_whatever_pytorchs_default_is():
-    torch.set_default_dtype(torch.float64)
-    try:
-        run = small_run(Recipe(epochs=1), model=SmallResNet)
-        list(train.train_epochs(run, STEP_RATES))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert run.training.images.dtype == torch.float32
-    assert {values.dtype for values in run.model.parameters()} == {torch.float32}
 
 
 def recorded_steps(monkeypatch, losses, correct):
@@ -1518,17 +1470,11 @@ def test_evaluation_against_pytorch_written_out(tta):
         if tta:
             logits = (logits + reference(TF.hflip(images))) / 2
     torch.testing.assert_close(train.predict_logits(run, run.test.images, tta), logits)
+    assert not train.predict_logits(run, run.test.images, tta).requires_grad
     labels = run.test.labels
     result = train.evaluate_run(run, tta)
     assert result["test_loss"] == pytest.approx(written_out_loss(logits, labels).item())
     assert result["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 4100
-
-
-def test_predictions_serve_as_targets_of_another_network():
-    run = small_run(model=linear_network)
-    targets = train.predict_logits(run, run.test.images)
-    F.mse_loss(run.forward(run.test.images), targets).backward()  # needs to save the targets
-    assert not targets.requires_grad
 
 
 @pytest.mark.parametrize("height, sizes", [(32, [5, 3]), (80, [2, 2, 2, 2]), (400, [1] * 8)])
@@ -1571,17 +1517,6 @@ def test_the_averaged_weights_against_a_sum_over_all_steps(ema_epochs, memory):
             torch.testing.assert_close(values, expected)
 
 
-def test_weights_that_two_layers_share_are_averaged_once():
-    shared = nn.Linear(10, 10)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), shared, shared)
-    run = small_run(Recipe(batch_size=8, ema_epochs=10), model=network)
-    with torch.no_grad():
-        run.averaged[2].weight.fill_(0)
-        run.model[2].weight.fill_(1)
-    train.update_average(run, step=4)  # the fourth step is a quarter of the mean
-    assert run.averaged[3].weight.flatten().tolist() == pytest.approx([0.25] * 100)
-
-
 class BufferNetwork(nn.Module):
     """A network with buffers of several kinds: a mask, a flag, a count of calls."""
 
@@ -1606,17 +1541,6 @@ def test_buffers_that_are_no_running_statistics_are_copied_after_each_epoch():
         assert run.averaged.mask.item() == -math.inf
         assert run.averaged.seen.item()
         assert run.averaged.calls.item() == 2 * run.epoch
-
-
-def test_a_buffer_that_is_made_in_training_does_not_end_it():
-    class CachingNetwork(nn.Sequential):
-        def forward(self, images):
-            self.register_buffer("cache", torch.ones(1), persistent=False)
-            return super().forward(images)
-
-    run = small_run(Recipe(epochs=1, batch_size=4),
-                    model=CachingNetwork(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
-    assert len(list(train.train_epochs(run, STEP_RATES))) == 1
 
 
 def test_the_random_numbers_of_the_caller_are_left_alone():
@@ -1695,15 +1619,6 @@ def test_training_continues_bit_for_bit_in_the_same_run_and_in_a_new_one(optimiz
         assert same_state(state_without_seconds(run), state_without_seconds(undisturbed))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_a_copy_of_a_run_trains_as_the_run_does(optimizer):
-    run = small_run(Recipe(epochs=1, batch_size=4, optimizer=optimizer), model=SmallResNet)
-    runs = [run, copy.deepcopy(run)]
-    for same_run in runs:
-        list(train.train_epochs(same_run, STEP_RATES))
-    assert same_state(*(state_without_seconds(same_run) for same_run in runs))
-
-
 @pytest.mark.parametrize("changed, difference", [
     ({"recipe": Recipe(batch_size=8, cutout=3)}, "cutout 8, not 3"),
     ({"seed": 1}, "seed 0, not 1"), ({"precision": "fp16"}, "precision fp32, not fp16"),
@@ -1718,21 +1633,6 @@ def test_the_state_of_a_run_with_other_settings_is_refused(changed, difference):
     with pytest.raises(ValueError, match=f"^it is of another run: {difference}$"):
         other.load_state(state)
     assert same_state(other.state(), before)
-
-
-def test_a_state_that_is_loaded_between_epochs_does_not_bring_its_weight_decay():
-    run = small_run(Recipe(epochs=3, batch_size=4), model=linear_network)
-    start = run.state()  # before a training has set the decay
-    decays = []
-
-    def note_decay(*_):
-        decays.append(run.optimizer.param_groups[0]["weight_decay"])
-
-    for _ in train.train_epochs(run, STEP_RATES, note_decay):
-        if len(decays) == 2:  # after the first epoch
-            run.load_state(start)
-    assert decays == [train.choose_weight_decay(run.recipe, STEP_RATES.lr_max, 2)] * 8
-    assert decays[0] > 0
 
 
 def test_the_learning_rate_may_be_constant():
@@ -2165,28 +2065,6 @@ def test_a_capture_without_memory_stays_an_out_of_memory_error(graphs, monkeypat
         train.begin_training(run_on_a_faked_gpu())
 
 
-def test_the_graph_of_an_earlier_run_is_freed_before_the_next_capture(graphs, monkeypatch):
-    capture = torch.cuda.make_graphed_callables
-    gc.collect()
-    gc.disable()  # so that it is not freed by chance
-    try:
-        run = run_on_a_faked_gpu()
-        train.begin_training(run)
-        earlier = weakref.ref(run.graph)
-        run.graph.cycle = run.graph  # as in PyTorch's
-        del run
-
-        def capture_alone(*arguments):
-            assert earlier() is None
-            return capture(*arguments)
-
-        monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture_alone)
-        train.begin_training(run_on_a_faked_gpu())
-    finally:
-        gc.enable()
-    assert earlier() is None
-
-
 def test_no_graph_is_captured_if_it_is_not_wanted_or_layers_are_frozen(graphs):
     assert train.capture_graph(run_on_a_faked_gpu(cuda_graph=False)) is None
     run = run_on_a_faked_gpu()
@@ -2446,12 +2324,10 @@ def test_a_continued_run_shows_the_epochs_before_and_counts_their_time(
 @pytest.mark.parametrize("arguments, differences", [
     (["--epochs", 2, "--seed", 7], "epochs 1, not 2; seed 0, not 7"),
     (["--holdout", 10], "holdout 0, not 10"),
-    (["--cutout", 3], "cutout 8, not 3"),
     (["--recipe", "fast"], "optimizer adam, not muon; first_convolution muon, not adam; "
                            "ema_epochs 0.5, not 0.25; padding 4, not 2; cutout 8, not 0"),
     (["--lr-max", 0.02], "lr_max 0.01, not 0.02"),
-    (["--lr-min", 0.001], "lr_min 0.0001, not 0.001"),
-    (["--precision", "bf16"], "precision fp32, not bf16")])
+    (["--lr-min", 0.001], "lr_min 0.0001, not 0.001")])
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do(
         quick_workplace, arguments, differences):
     command = ["--checkpoint", "run.pt", "--epochs", 1, "--precision", "fp32", *RATES]
@@ -2465,26 +2341,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     assert [Path(name).read_bytes() for name in ("run.pt", "run.json")] == files
 
 
-def test_a_checkpoint_of_code_with_other_constants_is_refused_with_their_names(
-        quick_workplace):
-    command = ["--checkpoint", "run.pt", "--epochs", 1, *RATES]
-    quick_workplace.run(*command)
-    saved = torch.load("run.pt", weights_only=True)
-    del saved["run"]["settings"]["flips"]
-    saved["run"]["settings"]["mixup"] = 0.5
-    torch.save(saved, "run.pt")
-    message = quick_workplace.fail(*command)
-    assert message.startswith(
-        "cannot continue run.pt (ValueError: it is of another run: "
-        "flips None, not alternating; mixup 0.5, not None).")
-
-
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1000])
-
-
-def cut_to_a_few_bytes(path):
-    path.write_bytes(path.read_bytes()[:50])
 
 
 def replace_by_network(path):
@@ -2495,17 +2353,12 @@ def replace_by_weights(path):
     train.save_weights(path, small_run(model=train.ResNet), CLASSES)
 
 
-def replace_by_state(path):
-    torch.save(small_run(model=train.ResNet).state(), path)
-
-
 def change_network(path):
     train.ResNet = SmallResNet  # `quick_workplace` undoes this
 
 
 @pytest.mark.parametrize("damage", [
-    cut_off, cut_to_a_few_bytes, replace_by_network, replace_by_weights, replace_by_state,
-    change_network])
+    cut_off, replace_by_network, replace_by_weights, change_network])
 def test_what_is_no_checkpoint_of_this_code_is_refused_and_left_as_it_is(
         quick_workplace, damage):
     command = ["--checkpoint", "run.pt", "--epochs", 1, *RATES]
@@ -2643,16 +2496,6 @@ def test_a_write_that_fails_on_the_way_costs_a_warning(
     assert report["summary"]["status"] == "complete"
     assert saved_state("run.pt")["epoch"] == 3
     assert capsys.readouterr().out.count(f"warning  cannot write {name} (") == 1
-
-
-def test_a_write_that_fails_at_the_end_costs_no_figures(quick_workplace, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(train, "save_figures", lambda *_: drawn.append("figures"))
-    before_steps(monkeypatch, {2: lambda: put_folder_at("weights.pt")})
-    with pytest.raises(train.UserError, match="^cannot write weights.pt"):
-        train.main([*SMALL, *RATES, "--epochs", 1, "--output", "run.json",
-                    "--weights", "weights.pt"])
-    assert drawn == ["figures"]
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.pt", "weights.pt"])
@@ -2862,16 +2705,6 @@ def test_the_report_has_the_sweep_and_the_rates_that_it_gave(finished_run):
     assert rates["weight_decay"] == pytest.approx(1 / (100 * rates["lr_max"]))
 
 
-def test_the_report_has_a_row_for_each_epoch(finished_run):
-    rows = finished_run.report["epochs"]
-    assert [row["epoch"] for row in rows] == [1, 2]
-    for row in rows:
-        assert set(row) == {
-            "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-            "train_seconds", "test_seconds", "images_per_second", "elapsed_seconds"}
-    assert rows[1]["lr"] == pytest.approx(finished_run.report["rates"]["lr_min"])
-
-
 def test_the_times_of_the_report_add_up(finished_run):
     rows = finished_run.report["epochs"]
     summary = finished_run.report["summary"]
@@ -2920,16 +2753,6 @@ def test_the_screen_begins_with_what_is_run(finished_run):
         f"device   cpu ({environment['device_name']}), fp32, PyTorch {torch.__version__}\n"
         "data     20 training images in batches of 8, 4 test images\n"
         "report   results/run.json\n")
-
-
-def test_the_table_keeps_its_columns_apart_within_80_characters():
-    row = {"epoch": 1000, "lr": 1.25e-5, "train_loss": 123.456, "train_accuracy": 1.0,
-           "test_loss": 0.91694, "test_accuracy": 1.0, "train_seconds": 1234.5,
-           "images_per_second": 105_574.3, "elapsed_seconds": 123_456.7}
-    line = train.TABLE_ROW.format(**row)
-    assert len(line.split()) == 9
-    lines = [*train.TABLE_HEADING.splitlines(), line]
-    assert [len(text) for text in lines] == [80, 80, 80]
 
 
 def test_the_screen_ends_with_result_times_and_files(finished_run):
@@ -3006,26 +2829,7 @@ def test_a_seed_that_diverges_ends_the_run_with_advice_and_the_mean_of_those_bef
     assert not Path("run-seed7.json").exists()
 
 
-def test_interrupted_seeds_continue_with_the_seed_that_was_interrupted(
-        quick_workplace, monkeypatch):
-    command = [*SMALL, *REPORT, *RATES, "--epochs", 2, "--runs", 2, "--checkpoint", "run.pt"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_steps(patch, {7: raiser(KeyboardInterrupt)})  # in seed 1, its second epoch
-        train.main(command)
-    steps = []
-    before_steps(monkeypatch, {number: lambda: steps.append("step") for number in range(9)})
-    reports = train.main(command)
-    assert len(steps) == 2
-    assert [len(report["epochs"]) for report in reports] == [2, 2]
-
-
 # Names of files.
-
-def test_the_report_is_named_after_the_checkpoint():
-    for checkpoint in ("folder/lr0.02", "folder/lr0.02.pt"):
-        _, options = train.parse_arguments(["--checkpoint", checkpoint])
-        assert options.output == "folder/lr0.02.json"
-
 
 def test_two_reports_without_a_name_are_different_new_files():
     names = {train.parse_arguments([])[1].output for _ in range(2)}
@@ -3063,13 +2867,6 @@ def test_a_run_writes_its_figures_next_to_the_report(quick_workplace, sweeps):
     train.main([*SMALL, "--epochs", 2, "--output", "o0.1"])
     assert pictures() == {"o0.1-sweep.png", "o0.1-curves.png", "o0.1-augmented.png",
                           "o0.1-confusion.png", "o0.1-misclassified.png"}
-
-
-def test_figures_are_png_whatever_the_settings_of_matplotlib_are(quick_workplace, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.format", "pdf")
-    train.main([*SMALL, *RATES, "--epochs", 0, "--output", "run.json"])
-    assert Path("run-augmented.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_is_interrupted_draws_its_curves(quick_workplace, sweeps, monkeypatch):
@@ -3165,14 +2962,6 @@ def test_the_figure_of_misclassified_images_shows_them_with_both_classes(figure)
         assert axes.get_title() == f"{true}\ntaken for {wrong}\nwith probability 0.55"
 
 
-def test_the_figure_of_misclassified_images_has_at_most_ten(figure):
-    run = small_run(count=16, model=DropoutNetwork)
-    probability = F.one_hot((run.test.labels + 1) % 10, 10).float()  # all are wrong
-    report = {"data": {"evaluated_on": "test images"}}
-    train.plot_misclassified(figure, run, probability, report, CLASSES)
-    assert sum(len(axes.images) for axes in figure.axes) == 10
-
-
 def test_the_figure_of_augmented_images_shows_the_first_batch_of_training(figure):
     run = small_run(model=DropoutNetwork)
     train.plot_augmented(figure, run, CLASSES)
@@ -3261,12 +3050,6 @@ def test_a_status_line_has_79_characters_and_hides_the_one_before(monkeypatch, c
     train.show_status(100 * "x")
     train.show_status("short")
     assert capsys.readouterr().out == f"\r{79 * 'x'}\r\rshort{74 * ' '}\r"
-
-
-def test_a_notebook_gets_the_status_line(monkeypatch, capsys):
-    monkeypatch.setattr(train, "IN_NOTEBOOK", True)
-    train.show_status("epoch 1")
-    assert capsys.readouterr().out.startswith("\repoch 1 ")
 
 
 # ---- Options ---------------------------------------------------------------------------
@@ -3413,7 +3196,7 @@ def test_the_sample_holds_the_first_images_of_the_data_set():
 @pytest.mark.parametrize("arguments, sample, serves", [
     (["--subset"], train.SAMPLE, True), (["--subset", 50], train.SAMPLE, True),
     (["--subset", 2001], train.SAMPLE, False), ([], train.SAMPLE, False),
-    (["--subset"], Path("nowhere"), False)])
+    (["--data-dir", "there"], train.SAMPLE, False), (["--subset"], Path("nowhere"), False)])
 def test_the_sample_serves_where_it_is_enough(
         monkeypatch, capsys, arguments, sample, serves):
     whole = train.load_sample()
@@ -3427,7 +3210,7 @@ def test_the_sample_serves_where_it_is_enough(
     monkeypatch.setattr(train, "SAMPLE", sample)
     _, options = train.parse_arguments(arguments)
     training, _, classes = train.load_data(options)
-    assert asked_folders == ([] if serves else ["data"])
+    assert asked_folders == ([] if serves else [options.data_dir])
     assert ("sample.npz" in capsys.readouterr().out) == serves
     assert len(training.images) == (50 if 50 in arguments else 2000)
     assert classes == CLASSES
@@ -3554,31 +3337,18 @@ def test_a_run_that_needs_the_data_waits_for_the_download_of_another(workplace):
     assert is_whole(loaded[0])
 
 
-@pytest.fixture
-def asked_timeouts(monkeypatch):
-    """Begin with a timeout of 7 s; shorten 30 s. Give the list of all that are set."""
-    asked = []
-    set_timeout = socket.setdefaulttimeout
+def test_a_download_has_a_timeout_of_30_seconds_of_its_own(tmp_path, monkeypatch):
+    timeouts = []
 
-    def set_short_timeout(seconds):
-        asked.append(seconds)
-        set_timeout(0.2 if seconds == 30 else seconds)
-    set_timeout(7)
-    monkeypatch.setattr(socket, "setdefaulttimeout", set_short_timeout)
-    yield asked
-    set_timeout(None)
+    def download(*arguments, **options):
+        timeouts.append(socket.getdefaulttimeout())
+        raise OSError("timed out")
 
-
-def test_a_server_that_never_answers_ends_after_a_timeout(
-        tmp_path, monkeypatch, asked_timeouts):
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar")
-        with pytest.raises(train.UserError, match="timed out"):
-            train.load_cifar10(tmp_path)
-    assert asked_timeouts == [30, 7]
-    assert socket.getdefaulttimeout() == 7
+    monkeypatch.setattr(train, "download_and_extract_archive", download)
+    with pytest.raises(train.UserError, match="timed out"):
+        train.load_cifar10(tmp_path)
+    assert timeouts == [30]
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize("folder", ["data", f"data/{CIFAR10.base_folder}"])
@@ -3586,32 +3356,7 @@ def test_the_data_folder_may_be_the_one_in_it_that_has_the_files(workplace, fold
     assert is_whole(train.load_cifar10(folder))
 
 
-def test_a_library_call_finds_the_home_folder_for_the_download_too(
-        archive, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    put_archive("home/new", archive.read_bytes())
-    assert is_whole(train.load_cifar10("~/new"))
-
-
-def test_a_file_in_place_of_the_data_folder_is_named_and_stays(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("content")
-    with pytest.raises(train.UserError, match="could not get CIFAR-10.*'file'"):
-        train.load_cifar10("file")
-    assert Path("file").read_text() == "content"
-
-
 # ---- When things go wrong --------------------------------------------------------------
-
-def test_without_data_and_network_a_process_ends_with_a_sentence(workplace):
-    process = workplace.start("--data-dir", "elsewhere")
-    _, message = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert message.startswith("error: could not get CIFAR-10")
-    assert "Traceback" not in message
-    assert not Path("run.json").exists()
-
 
 @pytest.mark.parametrize("error, status", [
     (KeyboardInterrupt(), "interrupted"), (RuntimeError("illegal access"), "failed")])
@@ -3720,6 +3465,7 @@ def test_no_cell_of_a_notebook_ends_with_an_error(notebook):
 def test_pasted_into_a_notebook_cell_it_runs_with_the_defaults(notebook):
     text = printed_text(notebook[1])
     assert "LRMAX" in text
+    assert " left, sweep, step " in text  # the status line
     epochs = re.findall(r"[\r\n] +(\d+) ", text)
     assert epochs == [str(epoch) for epoch in range(1, 25)]
     assert "final  " in text
@@ -3749,18 +3495,9 @@ def test_pasted_code_needs_no_file_name():
     assert names["SCRIPT"] == Path("train.py").resolve()
 
 
-def test_in_a_terminals_ipython_the_script_takes_its_arguments():
-    code = ("import runpy, sys; sys.argv = ['train.py', '--help']; "
-            f"runpy.run_path({str(SCRIPT)!r}, {{'get_ipython': None}}, '__main__')")
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 0
-    assert process.stdout.startswith("usage: train.py")
-
-
-def test_importing_only_defines():
-    command = [sys.executable, "-W", "ignore", "-c", "import train"]
-    process = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+def test_in_a_terminals_ipython_the_script_takes_its_arguments(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # it is only in notebooks
+    assert not runpy.run_path(str(SCRIPT), {"get_ipython": None})["IS_PASTED"]
 
 
 def test_the_metadata_in_the_script_names_the_requirements():

@@ -642,9 +642,6 @@ class Muon(torch.optim.Optimizer):
         super().__init__([muon_group, *adam.param_groups], {})
         self.defaults = adam.defaults  # groups that are added later are Adam's
 
-    def __getstate__(self):  # for copies; PyTorch's own would leave out these two
-        return {**super().__getstate__(), "adam": self.adam, "dtype": self.dtype}
-
     @torch.no_grad()
     def step(self):
         """Take a step with all parameters that have a gradient."""
@@ -747,7 +744,7 @@ class Run:
       images (B, C, H, W) into logits (B, classes). The function is called under the seed,
       so that each seed has its own weights. A network is used as it is: a second run
       starts with the weights that the first one left. It is not whitened, even if it is a
-      ResNet. A buffer that it makes only in training has to be `persistent=False`.
+      ResNet.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
@@ -1171,8 +1168,7 @@ def copy_other_buffers(run):
     """Give the averaged model the buffers that have no average, such as masks and counts."""
     copies = dict(run.averaged.named_buffers())
     for name, values in run.model.named_buffers():
-        # The averaged model lacks a buffer that the model made in training.
-        if not name.endswith(RUNNING_STATISTICS) and name in copies:
+        if not name.endswith(RUNNING_STATISTICS):
             copies[name].copy_(values)
 
 

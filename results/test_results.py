@@ -207,11 +207,6 @@ def test_a_pattern_without_reports_is_refused_unless_it_is_empty():
     assert tables.make_cell("accuracy", [{}], 0) == "-"
 
 
-def test_an_unknown_column_is_refused():
-    with pytest.raises(KeyError, match="mean"):
-        tables.make_cell("mean", [{"a": report_with(0.9)}], 0)
-
-
 def test_a_report_of_a_run_that_did_not_end_is_refused(written_row):
     with pytest.raises(ValueError, match=r"study/0\.json is of a run that did not end"):
         written_row(report_with(0.9, "summary", status="interrupted"))
