@@ -73,6 +73,47 @@ def perceptron():
         nn.Linear(512, 10))
 
 
+def small_vgg():
+    """Return a network of six convolutions without shortcuts."""
+    return nn.Sequential(
+        train.ConvBlock(3, 32), train.ConvBlock(32, 32, pool=True),
+        train.ConvBlock(32, 64), train.ConvBlock(64, 64, pool=True),
+        train.ConvBlock(64, 128), train.ConvBlock(128, 128, pool=True),
+        nn.MaxPool2d(4), nn.Flatten(), nn.Linear(128, 10))
+
+
+class Shortcut(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def small_convmixer():
+    """Return a ConvMixer with 4 blocks of width 96 (Trockman, Kolter, arXiv:2201.09792)."""
+    layers = [nn.Conv2d(3, 96, 4, stride=4), nn.GELU(), nn.BatchNorm2d(96)]
+    for _ in range(4):
+        of_positions = nn.Conv2d(96, 96, 5, padding=2, groups=96)
+        of_channels = nn.Conv2d(96, 96, 1)
+        layers.append(Shortcut(of_positions, nn.GELU(), nn.BatchNorm2d(96)))
+        layers.extend([of_channels, nn.GELU(), nn.BatchNorm2d(96)])
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
+
+
+class RowLSTM(nn.Module):
+    """An LSTM that reads an image row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(96, 128, batch_first=True)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images):
+        rows = images.permute(0, 2, 1, 3).flatten(2)  # (B, 32, 3 x 32)
+        outputs, _ = self.lstm(rows)
+        return self.head(outputs[:, -1])
+
+
 def sixty_classes(split):
     """Return a Split of 60 classes: each of the ten, with its colors in one of six orders."""
     orders = torch.tensor(list(itertools.permutations(range(3))))
@@ -157,6 +198,19 @@ TEST_CASES = {
                                  optimizer=AdamW),
     "narrow-adamw-256": Case(rate=0.016, images=10_000, batch_size=256, epochs=5, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
+    # A second group, chosen after the first one was measured.
+    "vgg": Case(rate=0.03, model=small_vgg),
+    "vgg-nesterov": Case(rate=0.05, model=small_vgg, optimizer=nesterov),
+    "convmixer": Case(rate=0.008, images=2_500, model=small_convmixer, optimizer=AdamW),
+    "convmixer-nesterov": Case(rate=0.1, images=2_500, model=small_convmixer,
+                               optimizer=nesterov),
+    "lstm": Case(rate=0.008, images=2_500, model=RowLSTM, optimizer=AdamW),
+    "resnet18-sgd": Case(rate=0.1, images=2_500, seeds=(0,), model=resnet18,
+                         optimizer=plain_sgd),
+    "narrow-muon-8-epochs": Case(rate=0.04, epochs=8, seeds=(0,), model=narrow_resnet,
+                                 recipe=train.Recipe(optimizer="muon")),
+    "narrow-nesterov-12-epochs": Case(rate=0.05, epochs=12, seeds=(0,), model=narrow_resnet,
+                                      optimizer=nesterov),
 }
 CASES = {**CHOICE_CASES, **TEST_CASES}
 SUMMARIES = (  # the last rows of the table: a title, what is computed, and of which cases
