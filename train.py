@@ -1655,18 +1655,16 @@ def check_options(options):
 
     Recipe checks its own constants.
     """
-    bounds = {
-        "seed": (0, 2**32 - 1),
-        "runs": (1, 1000),
-        "subset": (5, TRAIN_IMAGES),  # so that a fifth is one test image or more
-        "holdout": (0, options.subset - 2),  # BatchNorm needs two images to train on
-        "lr_max": (1e-30, 1e30),
-        "lr_min": (1e-30, options.lr_max or 1e30),
-    }
-    for name, allowed in bounds.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_value(name, value, allowed)
+    check_value("seed", options.seed, (0, 2**32 - 1))
+    check_value("runs", options.runs, (1, 1000))
+    # A fifth of the subset is for the tests: one image or more.
+    check_value("subset", options.subset, (5, TRAIN_IMAGES))
+    # BatchNorm needs two images to train on.
+    check_value("holdout", options.holdout, (0, options.subset - 2))
+    if options.lr_max is not None:
+        check_value("lr_max", options.lr_max, (1e-30, 1e30))
+    if options.lr_min is not None:
+        check_value("lr_min", options.lr_min, (1e-30, options.lr_max or 1e30))
 
 
 def take_recipe(options):
@@ -1675,8 +1673,11 @@ def take_recipe(options):
     Its constants are deleted from `options`, so that the report has each of them once.
     Raise ValueError for a constant that is not allowed, or for one of Muon's without Muon.
     """
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    constants = {name: vars(options).pop(name) for name in names if name in options}
+    constants = {}
+    for field in dataclasses.fields(Recipe):
+        if field.name in options:
+            constants[field.name] = getattr(options, field.name)
+            delattr(options, field.name)
     recipe = dataclasses.replace(RECIPES[options.recipe], **constants)
     for name in ("muon_lr_factor", "first_convolution"):
         if name in constants and recipe.optimizer != "muon":
@@ -2236,15 +2237,14 @@ def plot_confusion(figure, run, probabilities, report, classes):
 
 
 def plot_misclassified(figure, run, probabilities, report, classes):
-    """Draw the first ten images that the run classifies wrongly, if there are any."""
+    """Draw the first ten images that the run classifies wrongly."""
     labels = run.test.labels
     probability, predicted = probabilities.max(1)
     misclassified = (predicted != labels).nonzero().flatten()[:10].tolist()
     captions = [f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}\n"
                 f"with probability {probability[i]:.2f}" for i in misclassified]
-    if misclassified:
-        plot_images(figure, run, run.test.images[misclassified], captions, 5,
-                    f"The first misclassified {report['data']['evaluated_on']}")
+    plot_images(figure, run, run.test.images[misclassified], captions, 5,
+                f"The first misclassified {report['data']['evaluated_on']}")
 
 
 def plot_augmented(figure, run, classes):
@@ -2259,8 +2259,6 @@ def save_figure(report, name, size, plot, *content):
     from matplotlib.figure import Figure
     figure = Figure(size, dpi=120, layout="constrained")
     plot(figure, *content)
-    if not figure.axes:  # no image is misclassified
-        return
     stem, _ = split_ending(report["config"]["options"]["output"])
     path = f"{stem}-{name}.png"
     write_file(path, lambda file: figure.savefig(file, format="png"))
@@ -2285,7 +2283,8 @@ def save_figures(report, run, classes):
         probabilities = predict_logits(run, run.test.images).softmax(1)
         content = (run, probabilities, report, classes)
         save_figure(report, "confusion", (7, 7), plot_confusion, *content)
-        save_figure(report, "misclassified", (9, 5), plot_misclassified, *content)
+        if (probabilities.argmax(1) != run.test.labels).any():
+            save_figure(report, "misclassified", (9, 5), plot_misclassified, *content)
     save_figure(report, "augmented", (9, 5.8), plot_augmented, run, classes)
 
 
