@@ -14,7 +14,6 @@ import math
 import os
 import pickle
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -978,16 +977,19 @@ def test_a_sweep_that_is_interrupted_leaves_the_run_as_it_was():
 
 # ---- Steps, evaluation, epochs ---------------------------------------------------------
 
-# After a change of these losses, the runs in results/ no longer show what the code does. They
-# are those of the code of the runs, in fp32. Rounding, which differs from one CPU to another,
-# changes them by less than the tolerance. (In "plain", it changes them too much for a test.)
+# The code of the runs in results/ gives these losses, in fp32. If they change, the tables no
+# longer show what the code does. Rounding differs from one CPU to another; the tolerance is
+# five times the largest difference that we saw. (In "plain", rounding matters too much.) Another
+# library than MKL may give other signs to the eigenvectors that whiten.
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL's eigenvectors")
 @pytest.mark.parametrize("name, losses, tolerance", [
-    ("tuned", [2.61488, 2.18689, 2.58881], 2e-3),
-    ("fast", [2.65025, 2.29398, 2.81629], 3e-4),
-    ("best", [2.69978, 2.28861, 2.29960], 3e-4)])
+    ("tuned", [2.61488, 2.18689, 2.62443], 3e-3),
+    ("fast", [2.65025, 2.29398, 2.87548], 5e-4),
+    ("best", [2.69978, 2.28861, 2.29816], 5e-4)])
 def test_each_recipe_trains_as_in_the_runs_of_the_tables(name, losses, tolerance):
     training, test, _ = train.load_sample()
-    recipe = dataclasses.replace(train.RECIPES[name], epochs=2, batch_size=16)
+    # The average is over a whole epoch of two steps. Over a part of it, it would be none.
+    recipe = dataclasses.replace(train.RECIPES[name], epochs=2, batch_size=16, ema_epochs=1)
     run = train.start_run(recipe, train.take_images(training, slice(32)),
                           train.take_images(test, slice(16)), seed=3, device="cpu",
                           precision="fp32")
@@ -1267,6 +1269,10 @@ def exchange_a_layer(run):
     run.model[1] = nn.Linear(3072, 10)
 
 
+def freeze_all(run):
+    run.model.requires_grad_(False)
+
+
 def add_a_parameter_to_the_optimizer(run):
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
@@ -1274,6 +1280,7 @@ def add_a_parameter_to_the_optimizer(run):
 @SWEEP_AND_TRAINING
 @pytest.mark.parametrize("spoil, reason", [
     (exchange_a_layer, "the optimizer does not hold all parameters of the model"),
+    (freeze_all, "all parameters are frozen"),
     (add_a_parameter_to_the_optimizer, "the optimizer holds parameters that are not in the model")])
 def test_an_optimizer_with_other_parameters_than_the_model_is_refused(start, spoil, reason):
     run = small_run(model=linear_network)
@@ -1469,11 +1476,17 @@ def test_evaluation_against_pytorch_written_out(tta):
         if tta:
             logits = (logits + reference(TF.hflip(images))) / 2
     torch.testing.assert_close(train.predict_logits(run, run.test.images, tta), logits)
-    assert not train.predict_logits(run, run.test.images, tta).requires_grad
     labels = run.test.labels
     result = train.evaluate_run(run, tta)
     assert result["test_loss"] == pytest.approx(written_out_loss(logits, labels).item())
     assert result["test_accuracy"] == (logits.argmax(1) == labels).sum().item() / 4100
+
+
+def test_predictions_serve_as_targets_of_another_network():
+    run = small_run(model=linear_network)
+    targets = train.predict_logits(run, run.test.images)
+    F.mse_loss(run.forward(run.test.images), targets).backward()  # needs to save the targets
+    assert not targets.requires_grad
 
 
 @pytest.mark.parametrize("height, sizes", [(32, [5, 3]), (80, [2, 2, 2, 2]), (400, [1] * 8)])
@@ -1516,6 +1529,17 @@ def test_the_averaged_weights_against_a_sum_over_all_steps(ema_epochs, memory):
             torch.testing.assert_close(values, expected)
 
 
+def test_weights_that_two_layers_share_are_averaged_once():
+    shared = nn.Linear(10, 10)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), shared, shared)
+    run = small_run(Recipe(batch_size=8, ema_epochs=10), model=network)
+    with torch.no_grad():
+        run.averaged[2].weight.fill_(0)
+        run.model[2].weight.fill_(1)
+    train.update_average(run, step=4)  # the fourth step is a quarter of the mean
+    assert run.averaged[3].weight.flatten().tolist() == pytest.approx([0.25] * 100)
+
+
 class BufferNetwork(nn.Module):
     """A network with buffers of several kinds: a mask, a flag, a count of calls."""
 
@@ -1540,6 +1564,17 @@ def test_buffers_that_are_no_running_statistics_are_copied_after_each_epoch():
         assert run.averaged.mask.item() == -math.inf
         assert run.averaged.seen.item()
         assert run.averaged.calls.item() == 2 * run.epoch
+
+
+def test_a_buffer_that_is_made_in_training_does_not_end_it():
+    class CachingNetwork(nn.Sequential):
+        def forward(self, images):
+            self.register_buffer("cache", torch.ones(1), persistent=False)
+            return super().forward(images)
+
+    run = small_run(Recipe(epochs=1, batch_size=4),
+                    model=CachingNetwork(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+    assert len(list(train.train_epochs(run, STEP_RATES))) == 1
 
 
 def test_the_random_numbers_of_the_caller_are_left_alone():
@@ -1618,6 +1653,15 @@ def test_training_continues_bit_for_bit_in_the_same_run_and_in_a_new_one(optimiz
         assert same_state(state_without_seconds(run), state_without_seconds(undisturbed))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_copy_of_a_run_trains_as_the_run_does(optimizer):
+    run = small_run(Recipe(epochs=1, batch_size=4, optimizer=optimizer), model=SmallResNet)
+    runs = [run, copy.deepcopy(run)]
+    for same_run in runs:
+        list(train.train_epochs(same_run, STEP_RATES))
+    assert same_state(*(state_without_seconds(same_run) for same_run in runs))
+
+
 @pytest.mark.parametrize("changed, difference", [
     ({"recipe": Recipe(batch_size=8, cutout=3)}, "cutout 8, not 3"),
     ({"seed": 1}, "seed 0, not 1"), ({"precision": "fp16"}, "precision fp32, not fp16"),
@@ -1632,6 +1676,21 @@ def test_the_state_of_a_run_with_other_settings_is_refused(changed, difference):
     with pytest.raises(ValueError, match=f"^it is of another run: {difference}$"):
         other.load_state(state)
     assert same_state(other.state(), before)
+
+
+def test_a_state_that_is_loaded_between_epochs_does_not_bring_its_weight_decay():
+    run = small_run(Recipe(epochs=3, batch_size=4), model=linear_network)
+    start = run.state()  # before a training has set the decay
+    decays = []
+
+    def note_decay(*_):
+        decays.append(run.optimizer.param_groups[0]["weight_decay"])
+
+    for _ in train.train_epochs(run, STEP_RATES, note_decay):
+        if len(decays) == 2:  # after the first epoch
+            run.load_state(start)
+    assert decays == [train.choose_weight_decay(run.recipe, STEP_RATES.lr_max, 2)] * 8
+    assert decays[0] > 0
 
 
 def test_the_learning_rate_may_be_constant():
@@ -2333,7 +2392,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_what_to_do
     quick_workplace.run(*command)
     files = [Path(name).read_bytes() for name in ("run.pt", "run.json")]
     assert quick_workplace.fail(*command, *arguments) == (
-        f"cannot continue run.pt (ValueError: it is of another run: {differences}).\n"
+        f"cannot continue run.pt (it is of another run: {differences}).\n"
         "For a new run, choose another --checkpoint.\nTo continue that run, give its options. "
         "On another machine, also give --device and --precision.\n"
         "If you changed the code since, undo that.")
@@ -2366,7 +2425,7 @@ def test_what_is_no_checkpoint_of_this_code_is_refused_and_left_as_it_is(
     damaged = Path("run.pt").read_bytes()
     message = quick_workplace.fail(*command)
     first_line, *advice = message.splitlines()
-    assert re.fullmatch(r"cannot continue run\.pt \(\w+: .+\)\.", first_line)
+    assert re.fullmatch(r"cannot continue run\.pt \(.+\)\.", first_line)
     assert advice[-1] == "If you changed the code since, undo that."
     assert Path("run.pt").read_bytes() == damaged
 
@@ -3051,6 +3110,12 @@ def test_a_status_line_has_79_characters_and_hides_the_one_before(monkeypatch, c
     assert capsys.readouterr().out == f"\r{79 * 'x'}\r\rshort{74 * ' '}\r"
 
 
+def test_a_notebook_gets_the_status_line(monkeypatch, capsys):
+    monkeypatch.setattr(train, "IN_NOTEBOOK", True)
+    train.show_status("epoch 1")
+    assert capsys.readouterr().out.startswith("\repoch 1 ")
+
+
 # ---- Options ---------------------------------------------------------------------------
 
 def test_the_help_shows_a_default_and_those_of_all_recipes_if_they_differ(capsys, monkeypatch):
@@ -3100,7 +3165,8 @@ def test_arguments_may_be_numbers_and_the_command_is_recorded():
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--batch-size 1", "batch_size must be 0 or at least 2, got 1"),
+    ("--batch-size 99 --subset 50", "batch_size must be an integer from 2 to 50, got 99"),
+    ("--batch-size 41 --subset 50 --holdout 10", "integer from 2 to 40, got 41"),
     ("--epochs -1", "epochs must be an integer from 0 to 100000, got -1"),
     ("--seed -1", "seed must be an integer from 0 to 4294967295, got -1"),
     ("--runs 0", "runs must be an integer from 1 to 1000, got 0"),
@@ -3118,6 +3184,7 @@ def test_arguments_may_be_numbers_and_the_command_is_recorded():
     ("--cutout 8.5", "--cutout: invalid int value: '8.5'"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda"),
+    ("--checkpoint new/", "the name of a file must not end in a slash, got new/"),
     ("--checkpoint run.json", "must be different files"),
     ("--output same --checkpoint x/../same", "must be different files"),
     ("--weights a --output a", "must be different files"),
@@ -3464,7 +3531,6 @@ def test_no_cell_of_a_notebook_ends_with_an_error(notebook):
 def test_pasted_into_a_notebook_cell_it_runs_with_the_defaults(notebook):
     text = printed_text(notebook[1])
     assert "LRMAX" in text
-    assert " left, sweep, step " in text  # the status line
     epochs = re.findall(r"[\r\n] +(\d+) ", text)
     assert epochs == [str(epoch) for epoch in range(1, 25)]
     assert "final  " in text
@@ -3496,7 +3562,9 @@ def test_pasted_code_needs_no_file_name():
 
 def test_in_a_terminals_ipython_the_script_takes_its_arguments(monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # it is only in notebooks
-    assert not runpy.run_path(str(SCRIPT), {"get_ipython": None})["IS_PASTED"]
+    names = {"__name__": "cell", "get_ipython": None}
+    exec(SCRIPT.read_text(), names)
+    assert not names["IS_PASTED"]
 
 
 def test_the_metadata_in_the_script_names_the_requirements():
@@ -3616,7 +3684,6 @@ def snippets(tmp_path_factory):
         monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeCIFAR100)
         monkeypatch.setattr(train, "choose_device", lambda device: "cpu")
         monkeypatch.setattr(train, "ResNet", SmallResNet)
-        monkeypatch.setitem(train.RECIPES, "tuned", Recipe(epochs=2))
         train.save_weights("weights.pt", small_run(), CLASSES)
         TF.to_pil_image(random_split(1).images[0]).save("photo.jpg")
         names = {}

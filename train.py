@@ -640,7 +640,9 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         muon_group = {"params": weights, "lr": 0.0, "lr_factor": lr_factor}
         super().__init__([muon_group, *adam.param_groups], {})
-        self.defaults = adam.defaults  # groups that are added later are Adam's
+
+    def __getstate__(self):  # for copies; PyTorch's own would leave out these two
+        return {**super().__getstate__(), "adam": self.adam, "dtype": self.dtype}
 
     @torch.no_grad()
     def step(self):
@@ -744,11 +746,11 @@ class Run:
       images (B, C, H, W) into logits (B, classes). The function is called under the seed,
       so that each seed has its own weights. A network is used as it is: a second run
       starts with the weights that the first one left. It is not whitened, even if it is a
-      ResNet.
+      ResNet. A buffer that it makes only in training has to be `persistent=False`.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
-      evaluation stays cross-entropy. A parameter that a loss needs has to be in the model.
+      evaluation stays cross-entropy. A parameter that a loss needs has to be in the network.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
@@ -865,8 +867,9 @@ class Run:
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
-        Buffers that a loss or `augment` has are not part of it. Raise ValueError inside
-        an epoch or a sweep, because the run could not go on from there.
+        Buffers that a loss or `augment` has are not part of it, nor are PyTorch's random
+        numbers on a GPU, which a dropout layer uses. Raise ValueError inside an epoch or a
+        sweep, because the run could not go on from there.
         """
         self.check_between_epochs()
         return copy.deepcopy({
@@ -891,13 +894,13 @@ class Run:
         """Go back to a `state()`.
 
         Raise ValueError if it is of a run with other settings. If it is of another network,
-        PyTorch raises an error, and the run cannot be used any more.
+        PyTorch raises an error. Then the run cannot go on until it has loaded another state.
         """
         differences = differing_settings(state["settings"], self.settings())
         if differences:
             raise ValueError(f"it is of another run: {differences}")
-        # The optimizer first: it refuses other groups before anything has changed. It
-        # gets a copy, because it goes on with the tensors that it is given.
+        self.mid_epoch = True  # until all is loaded
+        # The optimizer gets a copy, because it goes on with the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -1084,18 +1087,20 @@ def begin_training(run):
 def check_parameters(run):
     """Raise ValueError unless the optimizer holds the parameters of the model.
 
-    Parameters that are frozen may be missing.
+    Those that are frozen may be missing.
     """
     held = set()
     for group in run.optimizer.param_groups:
         held.update(group["params"])
     parameters = set(run.model.parameters())
     trainable = {parameter for parameter in parameters if parameter.requires_grad}
+    if not trainable:
+        raise ValueError("all parameters are frozen. Call model.requires_grad_(True)")
     if not trainable <= held:
         raise ValueError("the optimizer does not hold all parameters of the model")
     if not held <= parameters:
         raise ValueError("the optimizer holds parameters that are not in the model, so they would "
-                         "not be saved. Add them to the model")
+                         "not be saved. Give start_run a network that has them")
 
 
 def keep_freed_memory():
@@ -1168,7 +1173,8 @@ def copy_other_buffers(run):
     """Give the averaged model the buffers that have no average, such as masks and counts."""
     copies = dict(run.averaged.named_buffers())
     for name, values in run.model.named_buffers():
-        if not name.endswith(RUNNING_STATISTICS):
+        # The averaged model lacks a buffer that the model made in training.
+        if not name.endswith(RUNNING_STATISTICS) and name in copies:
             copies[name].copy_(values)
 
 
@@ -1514,9 +1520,9 @@ def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The
-    graph starts all kernels of a forward or backward pass at once. In fp16 and fp32, the
-    kernels themselves are slow, so a graph would gain little. A graph could not train
-    layers that were frozen when it was captured.
+    graph starts all kernels of a forward or backward pass at once. On GPUs without bf16, and
+    in fp32, the kernels themselves are slow, so a graph would gain little. A graph could
+    not train layers that were frozen when it was captured.
     """
     if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
         return None
@@ -1678,6 +1684,9 @@ def take_recipe(options):
         if field.name in options:
             constants[field.name] = getattr(options, field.name)
             delattr(options, field.name)
+    if constants.get("batch_size"):  # 0 leaves the choice to `fill_in_batch_size`
+        image_count = options.subset - options.holdout
+        check_value("batch_size", constants["batch_size"], (2, image_count))
     recipe = dataclasses.replace(RECIPES[options.recipe], **constants)
     for name in ("muon_lr_factor", "first_convolution"):
         if name in constants and recipe.optimizer != "muon":
@@ -1706,9 +1715,13 @@ def default_output(checkpoint):
 
 
 def check_files(options):
-    """Raise ValueError if two files of a run are the same."""
-    names = [options.checkpoint, options.output, options.weights]
-    paths = [Path(name).resolve() for name in names if name is not None]
+    """Raise ValueError if the name of a file ends in a slash, or if two files are the same."""
+    given = [options.checkpoint, options.output, options.weights]
+    names = [name for name in given if name is not None]
+    for name in names:
+        if name.endswith(("/", os.sep)):
+            raise ValueError(f"the name of a file must not end in a slash, got {name}")
+    paths = [Path(name).resolve() for name in names]
     if len(set(paths)) < len(paths):
         raise ValueError("checkpoint, output and weights must be different files")
 
@@ -1923,21 +1936,21 @@ class Recorder:
         path = self.options.checkpoint
         try:
             saved = torch.load(path, map_location=self.run.device, weights_only=True)
-            self.check_options(saved["report"]["config"]["options"])
+            self.check_same_options(saved["report"]["config"]["options"])
             self.run.load_state(saved["run"])
             self.continue_report(saved["report"])
         except Exception as error:  # a damaged file raises errors of many types
             if is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            # Those of PyTorch and Python say little here.
+            reason = error if isinstance(error, ValueError) else type(error).__name__
             raise UserError(
-                f"cannot continue {path} ({type(error).__name__}: {reason}).\nFor a new run, "
-                "choose another --checkpoint.\nTo continue that run, give its options. On another "
-                "machine, also give --device and --precision.\nIf you changed the code since, "
-                "undo that.") from None
+                f"cannot continue {path} ({reason}).\nFor a new run, choose another --checkpoint.\n"
+                "To continue that run, give its options. On another machine, also give --device "
+                "and --precision.\nIf you changed the code since, undo that.") from None
         print(f"resumed  {path} after epoch {self.run.epoch} of {self.run.recipe.epochs}")
 
-    def check_options(self, saved):
+    def check_same_options(self, saved):
         """Raise ValueError if these options of a checkpoint's run were other ones.
 
         `Run.load_state` checks the settings of the run.

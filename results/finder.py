@@ -329,7 +329,8 @@ def judge(name, rule):
 
     First, how many points of accuracy it loses against the best rate of the case. Between two
     rates, the accuracy is interpolated over the logarithm of the rate. Below the lowest and
-    above the highest one, it is that of the nearest one. Second, whether it picks such a rate.
+    above the highest one, it is that of the nearest one. Second, whether it picks a rate below the
+    lowest or above the highest one.
     """
     rates, accuracies = mean_accuracies(load_record(name))
     picked = picked_rates(name, rule)
