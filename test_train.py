@@ -1262,9 +1262,6 @@ def begin_to_train(run):
     next(train.train_epochs(run, STEP_RATES))
 
 
-SWEEP_AND_TRAINING = pytest.mark.parametrize("start", [train.find_rates, begin_to_train])
-
-
 def exchange_a_layer(run):
     run.model[1] = nn.Linear(3072, 10)
 
@@ -1277,7 +1274,7 @@ def add_a_parameter_to_the_optimizer(run):
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
-@SWEEP_AND_TRAINING
+@pytest.mark.parametrize("start", [train.find_rates, begin_to_train])
 @pytest.mark.parametrize("spoil, reason", [
     (exchange_a_layer, "the optimizer does not hold all parameters of the model"),
     (freeze_all, "all parameters are frozen"),

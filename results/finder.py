@@ -198,7 +198,7 @@ TEST_CASES = {
                                  optimizer=AdamW),
     "narrow-adamw-256": Case(rate=0.016, images=10_000, batch_size=256, epochs=5, seeds=(0,),
                              model=narrow_resnet, optimizer=AdamW),
-    # A second group, chosen after the first one was measured.
+    # These were chosen after those above were measured. The rule stayed as it was.
     "vgg": Case(rate=0.03, model=small_vgg),
     "vgg-nesterov": Case(rate=0.05, model=small_vgg, optimizer=nesterov),
     "convmixer": Case(rate=0.008, images=2_500, model=small_convmixer, optimizer=AdamW),

@@ -52,7 +52,7 @@ TABLES = {
         ("`python train.py` | 24", "h100/default-seed*", "default/seed*"),
         ("`python train.py --recipe best` | 24", "", "best/seed*"),
         ("`python train.py --recipe fast` | 6", "", "fast/seed*"),
-        ("`python train.py --recipe plain` | 24", "h100/plain-seed*", ""),
+        ("`python train.py --recipe plain` | 24", "h100/plain-seed*", "letter/plain-seed*"),
     ]),
     "graph": ("code", [
         "training, s", "sweep, s", "seconds", "accuracy", "flip TTA", "seeds",
