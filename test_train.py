@@ -1675,6 +1675,18 @@ def test_the_state_of_a_run_with_other_settings_is_refused(changed, difference):
     assert same_state(other.state(), before)
 
 
+def test_a_run_that_could_not_load_a_state_goes_on_only_after_it_has_loaded_another():
+    run = small_run(model=linear_network)
+    before = run.state()
+    other = small_run(model=lambda: nn.Sequential(nn.Identity(), *linear_network()))
+    with pytest.raises(RuntimeError, match="state_dict"):
+        run.load_state(other.state())
+    with pytest.raises(ValueError, match="a state could not be loaded"):
+        next(train.train_epochs(run, STEP_RATES))
+    run.load_state(before)
+    assert same_state(run.state(), before)
+
+
 def test_a_state_that_is_loaded_between_epochs_does_not_bring_its_weight_decay():
     run = small_run(Recipe(epochs=3, batch_size=4), model=linear_network)
     start = run.state()  # before a training has set the decay

@@ -789,7 +789,7 @@ class Run:
     cuda_graph: bool = True
     seconds: float = 0.0  # of preparation and training; evaluation does not count
     epoch: int = 0  # epochs trained
-    mid_epoch: bool = False  # an epoch or a sweep was begun and did not end
+    mid_epoch: bool = False  # an epoch, a sweep or a `load_state` was begun and did not end
     graph: nn.Module | None = None  # the model as a CUDA graph, see `capture_graph`
     may_use_graph: bool = False  # `forward` may use the graph, see `compute_loss`
 
@@ -887,8 +887,8 @@ class Run:
         """Raise ValueError if an epoch or a sweep was begun and did not end."""
         if self.mid_epoch:
             raise ValueError("an epoch or a sweep of this run goes on, or it was interrupted, or "
-                             "its loss was NaN or infinite. Load a state() from before it, or "
-                             "begin again with start_run")
+                             "its loss was NaN or infinite, or a state could not be loaded. Load a "
+                             "state() from before it, or begin again with start_run")
 
     def load_state(self, state):
         """Go back to a `state()`.
@@ -1955,10 +1955,12 @@ class Recorder:
 
         `Run.load_state` checks the settings of the run.
         """
-        for name in ("holdout", "lr_max", "lr_min"):
-            now = getattr(self.options, name)
-            if saved[name] != now:
-                raise ValueError(f"it is of another run: {name} {saved[name]}, not {now}")
+        names = ("holdout", "lr_max", "lr_min")
+        before = {name: saved[name] for name in names}
+        now = {name: getattr(self.options, name) for name in names}
+        differences = differing_settings(before, now)
+        if differences:
+            raise ValueError(f"it is of another run: {differences}")
 
     def continue_report(self, saved):
         """Go on with the report of a checkpoint.

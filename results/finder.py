@@ -327,10 +327,10 @@ def picked_rates(name, rule):
 def judge(name, rule):
     """Judge a rule by a case. Return two results for the rates that it picks.
 
-    First, how many points of accuracy it loses against the best rate of the case. Between two
-    rates, the accuracy is interpolated over the logarithm of the rate. Below the lowest and
-    above the highest one, it is that of the nearest one. Second, whether it picks a rate below the
-    lowest or above the highest one.
+    The first is how many points of accuracy the rule loses against the best rate of the case.
+    Between two rates, the accuracy is interpolated over the logarithm of the rate. Below the
+    lowest and above the highest one, it is that of the nearest one. The second is whether the
+    rule picks a rate below the lowest or above the highest one.
     """
     rates, accuracies = mean_accuracies(load_record(name))
     picked = picked_rates(name, rule)
