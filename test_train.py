@@ -174,6 +174,10 @@ class DropoutNetwork(nn.Sequential):
             nn.Linear(8 * 3 * 3, num_classes))
         self.logit_scale = recipe.logit_scale
 
+    @property
+    def head(self):
+        return self[-1]
+
 
 class SmallResNet(nn.Sequential):
     """A fast stand-in for the class ResNet, with layers of the same kinds.
@@ -190,6 +194,10 @@ class SmallResNet(nn.Sequential):
     @property
     def prep(self):
         return self[0]
+
+    @property
+    def head(self):
+        return self[-1]
 
 
 STEP_RATES = train.Rates(0.001, 0.01)  # for tests that are not about the sweep
@@ -485,9 +493,10 @@ def test_values_beyond_black_and_white_are_restored_as_black_and_white():
     assert restored.flatten().tolist() == [0, 255]
 
 
-def test_images_that_are_not_uint8_are_not_normalized():
-    with pytest.raises(ValueError, match="^images must be uint8, .* got torch.float32$"):
-        train.normalize_images(torch.rand(1, 3, 8, 8), torch.zeros(3), torch.ones(3))
+@pytest.mark.parametrize("images", [torch.rand(1, 3, 8, 8), np.zeros((1, 3, 8, 8), np.uint8)])
+def test_images_that_are_no_tensor_of_uint8_are_not_normalized(images):
+    with pytest.raises(ValueError, match="^images must be a tensor .* of uint8, from 0 to 255$"):
+        train.normalize_images(images, torch.zeros(3), torch.ones(3))
 
 
 @pytest.mark.parametrize("height, width, padding, padding_mode, cutout", [
@@ -734,7 +743,8 @@ def muon_and_adam(parameters):
 
 @pytest.mark.parametrize("losses, doubt", [
     (SWEPT_LOSSES, None), ([1.07, 1.0, 1.1], None),
-    (SWEPT_LOSSES[:-1], "did not rise"), ([1.05, 1.0, 1.1], "fell by only 4.8%")])
+    (SWEPT_LOSSES[:-1], "did not rise, or it became NaN or infinite at once"),
+    ([1.05, 1.0, 1.1], "fell by only 4.8%")])
 def test_a_note_says_why_a_sweep_is_uncertain_and_what_to_try(losses, doubt):
     note = train.why_uncertain(losses)
     if doubt is None:
@@ -743,10 +753,9 @@ def test_a_note_says_why_a_sweep_is_uncertain_and_what_to_try(losses, doubt):
         assert re.fullmatch(rf"the loss of the sweep {doubt}, .*\. Try a quarter.*", note)
 
 
-@pytest.mark.parametrize("losses", [[1.0, 1.5, 2.0], []])
-def test_a_sweep_whose_loss_never_falls_is_refused(losses):
+def test_a_sweep_whose_loss_never_falls_is_refused():
     with pytest.raises(train.UserError, match="no learning rate"):
-        train.read_sweep(SWEPT_RATES[:len(losses)], losses, 0)
+        train.read_sweep(SWEPT_RATES[:3], [1.0, 1.5, 2.0], 0)
 
 
 def test_smoothing_does_not_lag():
@@ -907,6 +916,16 @@ def test_a_sweep_ends_at_a_loss_of_nan_or_infinity_and_leaves_it_out(value, monk
 
     sweep = sweep_of(monkeypatch, 200, loss_at).rates.sweep
     assert len(sweep["lr"]) == len(sweep["loss"]) == len(sweep["smoothed_loss"]) == 70
+
+
+@pytest.mark.parametrize("step_of_nan", [0, 9])
+def test_a_loss_of_nan_at_low_rates_is_not_blamed_on_the_rate(step_of_nan, monkeypatch):
+    """A sweep of 120 steps has 10 in a half decade."""
+    def loss_at(step, lr):
+        return math.nan if step == step_of_nan else 1.0
+
+    with pytest.raises(train.Diverged, match=f"nan in step {step_of_nan + 1} of the sweep"):
+        sweep_of(monkeypatch, 1, loss_at)
 
 
 def test_a_loss_below_zero_is_refused_by_the_sweep(monkeypatch):
@@ -1322,11 +1341,11 @@ def test_an_optimizer_needs_no_frozen_parameters():
     assert torch.equal(frozen, before)
 
 
-def test_plain_tuples_serve_as_splits_and_rates():
+def test_plain_tuples_serve_as_splits():
     images, labels = random_split(8)
     run = train.start_run(Recipe(epochs=1), (images, labels), (images, labels), device="cpu",
                           model=SmallResNet)
-    rows = list(train.train_epochs(run, tuple(STEP_RATES)))
+    rows = list(train.train_epochs(run, STEP_RATES))
     assert len(rows) == 1
 
 
@@ -1438,15 +1457,14 @@ def test_a_test_loss_of_nan_or_infinity_ends_the_training_for_good(monkeypatch, 
     with pytest.raises(train.Diverged, match="became NaN or infinite in epoch 1"):
         next(train.train_epochs(run, STEP_RATES))
     assert run.epoch == 0
-    with pytest.raises(ValueError, match="interrupted"):
+    with pytest.raises(ValueError, match="was begun and did not end"):
         next(train.train_epochs(run, STEP_RATES))
 
 
 @pytest.mark.parametrize("rates", [(0.2, 0.1), (0.0, 0.1), (-0.1, 0.1), (math.nan, 0.1)])
 def test_rates_without_sense_are_refused(rates):
-    run = small_run(model=linear_network)
     with pytest.raises(ValueError, match="LRMIN .* must be above 0"):
-        next(train.train_epochs(run, train.Rates(*rates)))
+        train.Rates(*rates)
 
 
 def test_a_finished_run_warns_that_there_is_nothing_to_train():
@@ -1602,7 +1620,7 @@ def test_an_interrupted_epoch_is_not_continued_and_has_no_state(go_on):
     run = small_run(Recipe(epochs=2, batch_size=4), model=linear_network)
     with pytest.raises(KeyboardInterrupt):
         list(train.train_epochs(run, STEP_RATES, raiser(KeyboardInterrupt)))
-    with pytest.raises(ValueError, match="interrupted"):
+    with pytest.raises(ValueError, match="was begun and did not end"):
         go_on(run)
 
 
@@ -1709,11 +1727,24 @@ def test_the_learning_rate_may_be_constant():
     assert lrs == pytest.approx([0.01, 0.01])
 
 
+def test_a_schedule_of_your_own_sets_the_rate_and_the_first_beta_of_each_step():
+    def schedule(recipe, rates, step, steps_per_epoch):
+        assert (recipe, rates, steps_per_epoch) == (run.recipe, STEP_RATES, 3)
+        return 0.01 * (step + 1), 0.5
+
+    run = two_epochs_of_three_steps()
+    rows = list(train.train_epochs(run, STEP_RATES, schedule=schedule))
+    assert [row["lr"] for row in rows] == pytest.approx([0.03, 0.06])
+    for group in run.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.06)
+        assert group["betas"][0] == 0.5
+
+
 def test_inside_a_sweep_or_an_epoch_there_is_no_state():
     run = small_run(Recipe(epochs=1, batch_size=4), model=linear_network)
-    with pytest.raises(ValueError, match="^an epoch or a sweep of this run goes on"):
+    with pytest.raises(ValueError, match="^an epoch or a sweep of this run was begun"):
         train.find_rates(run, lambda *_: run.state())
-    with pytest.raises(ValueError, match="^an epoch or a sweep of this run goes on"):
+    with pytest.raises(ValueError, match="^an epoch or a sweep of this run was begun"):
         next(train.train_epochs(run, STEP_RATES, lambda *_: run.state()))
 
 
@@ -2046,7 +2077,8 @@ def test_all_ends_with_the_graph_as_without_it(graphs):
 
 
 def test_the_graph_is_captured_with_fast_kernels(graphs):
-    train.begin_training(run_on_a_faked_gpu())
+    with train.prepared_for_steps(run_on_a_faked_gpu()):
+        pass
     assert graphs.searched_for_fast_kernels
     assert not torch.backends.cudnn.benchmark
 
@@ -2120,7 +2152,7 @@ def test_a_failed_capture_changes_nothing_and_says_what_to_try(graphs, monkeypat
     before = state_without_seconds(run)
     advice = r"start_run\(\.\.\., cuda_graph=False\) turns the graph off$"
     with pytest.raises(RuntimeError, match=advice):
-        train.begin_training(run)
+        list(train.train_epochs(run, STEP_RATES))
     assert same_state(state_without_seconds(run), before)
     assert not torch.backends.cudnn.benchmark
 
@@ -2129,7 +2161,7 @@ def test_a_capture_without_memory_stays_an_out_of_memory_error(graphs, monkeypat
     monkeypatch.setattr(torch.cuda, "make_graphed_callables",
                         raiser(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
-        train.begin_training(run_on_a_faked_gpu())
+        list(train.train_epochs(run_on_a_faked_gpu(), STEP_RATES))
 
 
 def test_no_graph_is_captured_if_it_is_not_wanted_or_layers_are_frozen(graphs):
@@ -2298,6 +2330,21 @@ def test_a_stopped_run_says_where_its_epochs_are_and_how_to_continue(
     assert first == "stopped  run.json has the epochs that were completed"
     assert re.fullmatch(how_to_continue, second)
     assert len(quick_workplace.report()["epochs"]) == 1
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(workplace):
+    process = workplace.start("--epochs", 1, *RATES)
+    process.stdout.close()  # as that of a `tee` that Ctrl-C has ended
+    assert process.wait() == 0, process.stderr.read()
+    assert workplace.report()["summary"]["status"] == "complete"
+
+
+def test_a_row_that_is_shown_has_been_saved(quick_workplace, monkeypatch):
+    monkeypatch.setattr(train, "TABLE_ROW", SimpleNamespace(format=raiser(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        quick_workplace.run("--epochs", 2, "--checkpoint", "run.pt", *RATES)
+    saved = torch.load("run.pt", weights_only=True)
+    assert len(saved["report"]["epochs"]) == saved["run"]["epoch"] == 1
 
 
 def test_a_run_that_is_stopped_in_the_sweep_says_that_it_begins_anew(
@@ -2666,9 +2713,9 @@ def test_the_weights_of_another_network_are_not_saved(tmp_path, model):
         train.save_weights(tmp_path / "weights.pt", run, CLASSES)
 
 
-def test_weights_are_not_saved_without_a_name_for_each_class(tmp_path):
-    with pytest.raises(ValueError, match="^save_weights needs 10 names of classes, because "
-                                         "num_classes is 10, got 9$"):
+def test_weights_are_not_saved_without_a_name_for_each_output(tmp_path):
+    with pytest.raises(ValueError, match="^save_weights needs 10 names of classes, one for each "
+                                         "output of the network, got 9$"):
         train.save_weights(tmp_path / "weights.pt", small_run(), CLASSES[:9])
 
 
@@ -2965,7 +3012,7 @@ def lines_of(axes):
 
 
 def test_the_figure_of_the_sweep_shows_losses_rates_and_how_the_rule_reads_them(figure):
-    train.plot_sweep(figure, {"lr_sweep": FOUND.sweep, "rates": FOUND._asdict()})
+    train.plot_sweep(figure, {"lr_sweep": FOUND.sweep, "rates": dataclasses.asdict(FOUND)})
     (axes,) = figure.axes
     lines = lines_of(axes)
     assert ([0.01, 0.02, 0.03, 1.0], [2.0, 1.2, 1.0, 3.0]) in lines
@@ -2994,15 +3041,15 @@ def test_the_figure_of_the_curves_shows_the_rows_of_the_report(figure, finished_
     assert "after epoch 2" in title
 
 
-def test_the_figure_of_the_curves_shows_the_learning_rate_of_each_step(figure, finished_run):
+def test_the_figure_of_the_curves_shows_the_cycle_of_the_learning_rate(figure, finished_run):
     train.plot_curves(figure, finished_run.report)
     ((epochs, lrs),) = lines_of(figure.axes[2])
-    assert epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert epochs == pytest.approx([0, 5 / 12, 2])
+    rates = finished_run.report["rates"]
+    assert lrs[:2] == [rates["lr_min"], rates["lr_max"]]
     # The rows have the learning rates of the last steps, as training took them.
     rows = finished_run.report["epochs"]
-    assert [lrs[2], lrs[5]] == pytest.approx([row["lr"] for row in rows])
-    # Before the first full step of the rise, the learning rate is LRMIN.
-    assert max(lrs) == lrs[1]
+    assert np.interp([1, 2], epochs, lrs) == pytest.approx([row["lr"] for row in rows])
 
 
 @pytest.mark.parametrize("accuracy, is_drawn", [(0.5, False), (0.93, True)])
@@ -3112,11 +3159,14 @@ def test_the_status_line_appears_at_most_once_a_second(monkeypatch, capsys):
     assert capsys.readouterr().out.count(" left, ") == 3  # at 1.2, 2.4 and 3.6 seconds
 
 
-def test_a_status_line_has_79_characters_and_hides_the_one_before(monkeypatch, capsys):
+@pytest.mark.parametrize("columns, width", [(200, 79), (80, 79), (60, 59)])
+def test_a_status_line_fits_the_terminal_and_hides_the_one_before(
+        monkeypatch, capsys, columns, width):
     print_on_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(columns))
     train.show_status(100 * "x")
     train.show_status("short")
-    assert capsys.readouterr().out == f"\r{79 * 'x'}\r\rshort{74 * ' '}\r"
+    assert capsys.readouterr().out == f"\r{width * 'x'}\r\r{'short':<{width}}\r"
 
 
 def test_a_notebook_gets_the_status_line(monkeypatch, capsys):
@@ -3165,9 +3215,11 @@ def test_each_constant_is_an_option_that_changes_the_chosen_recipe(field):
     assert not hasattr(options, field.name)  # the report has each constant once
 
 
-def test_arguments_may_be_numbers_and_the_command_is_recorded():
-    recipe, options = train.parse_arguments(
-        ["--epochs", 3, "--lr-max", 0.25, "--output", "two words.json"])
+@pytest.mark.parametrize("arguments", [
+    ["--epochs", 3, "--lr-max", 0.25, "--output", "two words.json"],
+    "--epochs 3 --lr-max 0.25 --output 'two words.json'"])
+def test_arguments_may_be_numbers_or_a_string_and_the_command_is_recorded(arguments):
+    recipe, options = train.parse_arguments(arguments)
     assert recipe.epochs == 3
     assert options.lr_max == 0.25
     assert options.command == "train.py --epochs 3 --lr-max 0.25 --output 'two words.json'"
@@ -3178,6 +3230,7 @@ def test_arguments_may_be_numbers_and_the_command_is_recorded():
     ("--batch-size 41 --subset 50 --holdout 10", "integer from 2 to 40, got 41"),
     ("--epochs -1", "epochs must be an integer from 0 to 100000, got -1"),
     ("--seed -1", "seed must be an integer from 0 to 4294967295, got -1"),
+    ("--seed 4294967295 --runs 2", "seed must be an integer from 0 to 4294967294, got"),
     ("--runs 0", "runs must be an integer from 1 to 1000, got 0"),
     ("--subset 4", "subset must be an integer from 5 to 50000, got 4"),
     ("--subset 9 --holdout 8", "holdout must be an integer from 0 to 7, got 8"),
@@ -3194,7 +3247,7 @@ def test_arguments_may_be_numbers_and_the_command_is_recorded():
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--device cuda", "device must be auto or what PyTorch finds here (cpu), got cuda"),
     ("--checkpoint new/", "the name of a file must not end in a slash, got new/"),
-    ("--checkpoint run.json", "must be different files"),
+    ("--checkpoint run.json", "must be different files, got run.json, run.json"),
     ("--output same --checkpoint x/../same", "must be different files"),
     ("--weights a --output a", "must be different files"),
 ])

@@ -16,7 +16,7 @@ it: command line, files, screen, figures, and `main`. The method in calls:
     train_epochs                    a row of metrics for each epoch
         train_epoch
             augmented_batches       shuffle, crop, flip, cutout
-            scheduled_lr_and_beta1  the one-cycle policy
+            scheduled_lr_and_beta1  the one-cycle policy, or a schedule of your own
             train_step              one optimizer step
             update_average          the moving average of the weights
         evaluate_run
@@ -45,6 +45,7 @@ import numbers
 import os
 import platform
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -127,17 +128,19 @@ class Recipe:
         5 / 24, (0.0, 0.99), "part of the run before the peak")
     annihilation: float = recipe_field(
         1.0, (1.0, 1e9), "the last learning rate is LRMIN / this")
-    # Adam's first beta moves against the learning rate.
+    # Adam's first beta moves against the learning rate. At high rates, less momentum keeps
+    # the training stable (L. Smith, arXiv:1803.09820, section 4.3).
     beta1: float = recipe_field(0.95, (0.0, 0.9999), "Adam's first beta at LRMIN")
     beta1_peak: float = recipe_field(0.85, (0.0, 0.9999), "Adam's first beta at LRMAX")
     beta2: float = recipe_field(0.999, (0.0, 0.999999), "Adam's second beta")
-    # Adam divides a gradient by (root of its mean square) + epsilon. 0.01 is larger than
-    # most of these roots, so Adam moves the weights almost as SGD with momentum would.
+    # Adam divides the mean gradient by (root of its mean square) + epsilon. 0.01 is larger
+    # than most of these roots, so Adam moves the weights almost as SGD with momentum would.
     epsilon: float = recipe_field(0.01, (1e-12, 1e3), "Adam's epsilon")
     # Weight decay is given as a time: at LRMAX, decay alone shrinks a weight to 1/e in
     # this many epochs. The same time suits all batch sizes and learning rates.
     decay_epochs: float = recipe_field(
-        5.0, (0.0, 1e5), "epochs in which weight decay shrinks a weight to 1/e; 0: no decay")
+        5.0, (0.0, 1e5), "epochs at LRMAX in which weight decay shrinks a weight to 1/e; "
+        "0: no decay")
     l2: float = recipe_field(0.0, (0.0, 1e3), "Adam's L2 term, in place of decay")
     label_smoothing: float = recipe_field(
         0.2, (0.0, 0.99), "share spread over all classes")
@@ -220,6 +223,9 @@ class UncertainRates(UserWarning):
 
 
 # ---- Data: the whole data set on the device -------------------------------------------
+
+# The data set is small, so it lies on the device as one tensor. A batch then costs a few
+# tensor operations there, while a DataLoader would load and augment image after image.
 
 # Code that was pasted into a notebook may have no __file__. It looks in the notebook's
 # folder.
@@ -322,8 +328,8 @@ def per_channel(values, images):
 
 def normalize_images(images, mean, std):
     """Return uint8 images (N, C, H, W) as floats: (images / 255 - mean) / std."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise ValueError("images must be a tensor (N, C, H, W) of uint8, from 0 to 255")
     mean = per_channel(mean, images)
     std = per_channel(std, images)
     # In place, because a whole data set may need a large part of the memory.
@@ -394,6 +400,7 @@ SWEEP_EPOCH = 900_000
 # The stride is larger than the number of every epoch, so that two seeds never draw the
 # same numbers. (Up to seed 4,000: the CPU's generator keeps only 32 bits of its seed.)
 SEED_STRIDE = 1_000_003
+MAX_SEED = 2**32 - 1
 
 
 def epoch_generator(seed, epoch, device):
@@ -494,7 +501,10 @@ def augmented_batches(run, epoch):
 # ---- Model ----------------------------------------------------------------------------
 
 class ConvBlock(nn.Sequential):
-    """Convolution 3x3, max-pool 2 if `pool`, BatchNorm, ReLU; `pool` halves H and W."""
+    """Convolution 3x3, max-pool 2 if `pool`, BatchNorm, ReLU; `pool` halves H and W.
+
+    The pool comes second, as in the course's network. D. Page's has it at the end.
+    """
 
     def __init__(self, c_in, c_out, pool=False):
         layers = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False)]
@@ -552,8 +562,8 @@ def pass_input_on(model):
     """Let every convolution but the first begin by passing its input on.
 
     A convolution with C input channels gets C filters, each of which passes one channel
-    on. Its other filters stay random. So the untrained network already carries the image
-    to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
+    on. If it has more filters, the others stay random. So the untrained network already
+    carries the image to its last layer (K. Jordan, arXiv:2404.00498, section 3.3).
     """
     for weight in convolution_weights(model)[1:]:  # the first one is for `whiten_patches`
         input_channels = weight.shape[1]
@@ -580,7 +590,7 @@ def whiten_patches(model, images):
 
 # ---- Optimizers: Adam, and Muon (K. Jordan, Muon: An optimizer for hidden layers, 2024)
 
-# results/muon_tuning.py compared these two with higher values.
+# results/muon_tuning.py compared them with momentum 0.85 and with 5 steps.
 MUON_MOMENTUM = 0.6
 NEWTON_SCHULZ_STEPS = 3
 
@@ -619,7 +629,8 @@ def muon_step(weight, gradient, momentum, lr, dtype=torch.float32):
     update = orthogonalize(combined.flatten(1), dtype)
     # A fixed norm takes the place of weight decay. This scaling does not change the
     # output of our network, because the BatchNorm that follows divides by the deviation.
-    # The norm is sqrt(out), so that one filter has a norm of about 1.
+    # The norm is sqrt(out), so that one filter has a norm of about 1. The update has about
+    # the same norm, so a step with `lr` 0.1 changes the weight by a tenth.
     weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
     weight.add_(update.view_as(weight), alpha=-lr)
 
@@ -679,7 +690,7 @@ def make_optimizer(recipe, model, dtype):
     of_muon = set(muon_weights)
     rest = [parameter for parameter in model.parameters() if parameter not in of_muon]
     decayed = [parameter for parameter in rest if parameter.ndim > 1]
-    # Biases, and the weights of BatchNorms.
+    # Biases, and the weights of BatchNorms: decay of these cost 0.3 points in a study.
     spared = [parameter for parameter in rest if parameter.ndim <= 1]
     # "decays" is a key of our own. `set_weight_decay` sets the weight decay where it is
     # true, once LRMAX is known; until then it is 0. With `l2`, PyTorch's `weight_decay`
@@ -718,8 +729,8 @@ def choose_weight_decay(recipe, lr_max, steps_per_epoch):
         return recipe.l2
     if not recipe.decay_epochs:
         return 0.0
-    # In fewer than 100 steps, weights would shrink faster than BatchNorm's running mean
-    # and variance can adapt.
+    # BatchNorm's running mean and variance lag behind by about 10 steps. So weights must
+    # not shrink much in so few.
     decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
     return 1 / (decay_steps * lr_max)
 
@@ -736,7 +747,7 @@ def set_weight_decay(optimizer, decay):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)  # it would show all images
 class Run:
     """A model, what trains it, and how far it has come. `start_run` makes one.
 
@@ -747,10 +758,14 @@ class Run:
       so that each seed has its own weights. A network is used as it is: a second run
       starts with the weights that the first one left. It is not whitened, even if it is a
       ResNet. A buffer that it makes only in training has to be `persistent=False`.
+      Images and weights have the channels-last layout, so call `flatten` or `reshape` in
+      its `forward`, not `view`. Each epoch sets the whole network to training mode, so
+      BatchNorms update their statistics, also where the weights are frozen.
       `logit_scale` and `initialization` of the recipe are for the built-in network alone.
     - `loss(run, images, labels)` returns the loss and the logits (B, classes), as
       `cross_entropy` does. It calls `run.forward` once for the logits. The loss of the
       evaluation stays cross-entropy. A parameter that a loss needs has to be in the network.
+      If it draws random numbers, call `torch.manual_seed` before `start_run`.
     - `augment(images, generator)` returns images, after the recipe's crop, flip and cutout.
       They are normalized, on the run's device, in its precision. `restore_images` makes
       them uint8, and `normalize_images` undoes that. Draw from the generator, so that the
@@ -761,15 +776,9 @@ class Run:
       epoch sets anew. This is right only for optimizers like AdamW, which decay weights
       apart from the gradient.
 
-    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph in steps with a full
-    batch. There, the Python code of its `forward` runs only when the graph is captured,
-    so branches and numbers stay as they were then. In the graph, second derivatives do
-    not work, nor do hooks of layers or weights. Each step overwrites the gradients of the
-    one before; to keep one, clone it. The graph uses the memory that the weights have
-    when it is captured, so do not move the model to another device during the training.
-    `start_run(..., cuda_graph=False)` turns the graph off.
-
-    The recipe has to stay as it is: `start_run` has already used some of its constants.
+    On NVIDIA GPUs in bf16, the built-in network runs as a CUDA graph, which limits what
+    hooks and losses can do: see `capture_graph`. The recipe has to stay as it is, because
+    `start_run` has already used some of its constants.
     """
     recipe: Recipe
     seed: int
@@ -867,9 +876,10 @@ class Run:
     def state(self):
         """Return a copy of all that training changes, and the settings of the run.
 
-        Buffers that a loss or `augment` has are not part of it, nor are PyTorch's random
-        numbers on a GPU, which a dropout layer uses. Raise ValueError inside an epoch or a
-        sweep, because the run could not go on from there.
+        Buffers with `persistent=False` are not part of it, nor are those that a loss or
+        `augment` has, nor PyTorch's random numbers on a GPU, which a dropout layer uses.
+        Raise ValueError inside an epoch or a sweep, because the run could not go on from
+        there.
         """
         self.check_between_epochs()
         return copy.deepcopy({
@@ -886,9 +896,9 @@ class Run:
     def check_between_epochs(self):
         """Raise ValueError if an epoch or a sweep was begun and did not end."""
         if self.mid_epoch:
-            raise ValueError("an epoch or a sweep of this run goes on, or it was interrupted, or "
-                             "its loss was NaN or infinite, or a state could not be loaded. Load a "
-                             "state() from before it, or begin again with start_run")
+            raise ValueError("an epoch or a sweep of this run was begun and did not end, or a "
+                             "state could not be loaded. Load an earlier state(), or begin again "
+                             "with start_run")
 
     def load_state(self, state):
         """Go back to a `state()`.
@@ -956,7 +966,7 @@ def choose_precision(device, precision="auto"):
     other NVIDIA GPUs, and fp32 elsewhere. Without such instructions, bf16 is slow.
     """
     check_value("precision", precision, ["auto", *DTYPES])
-    # On Apple GPUs, Adam would also take steps whose gradients have overflowed.
+    # On Apple GPUs, the scaler does not stop Adam's steps with infinite gradients.
     if device == "mps" and precision == "fp16":
         raise ValueError("fp16 does not work on Apple GPUs. Use fp32")
     if precision != "auto":
@@ -989,6 +999,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     process. Raise ValueError for what cannot be trained.
     """
     seed = int(seed)  # it may be one of NumPy's
+    check_value("seed", seed, (0, MAX_SEED))
     training = Split(*training)  # it may be a plain tuple
     test = Split(*test)
     check_split("training", training, num_classes)
@@ -1008,6 +1019,7 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     started = time.perf_counter()
     mean, std, training, test = prepare_data(recipe, training, test, device, dtype)
     if is_built_in and recipe.initialization == "identity":
+        # 1,000 images have enough patches for a covariance of 27 values.
         whiten_patches(network, training.images[:1000])
     seconds = time.perf_counter() - started
     return Run(
@@ -1068,11 +1080,11 @@ def make_model(recipe, model, num_classes, seed):
 
 # ---- Before the first step ------------------------------------------------------------
 
-def begin_training(run):
-    """Prepare a run for steps, in the sweep or in the training.
+@contextlib.contextmanager
+def prepared_for_steps(run):
+    """Prepare a run for the steps of the `with` block, in the sweep or in the training.
 
-    Afterwards, the caller sets `run.graph` to None, so that Python's next garbage
-    collection frees its memory. Raise ValueError if the run is not ready.
+    Raise ValueError if the run is not ready.
     """
     run.check_between_epochs()
     check_parameters(run)
@@ -1082,6 +1094,10 @@ def begin_training(run):
     # An earlier graph goes first, because the next one may need its memory.
     run.graph = None
     run.graph = capture_graph(run)
+    try:
+        yield
+    finally:
+        run.graph = None  # Python's next garbage collection frees its memory
 
 
 def check_parameters(run):
@@ -1180,23 +1196,24 @@ def copy_other_buffers(run):
 
 # ---- One-cycle ------------------------------------------------------------------------
 
-class Rates(NamedTuple):
-    """The learning rates of a run's cycle: at its start (LRMIN) and at its peak (LRMAX)."""
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The learning rates of a run's cycle: at its start (LRMIN) and at its peak (LRMAX).
+
+    Rates that cannot be trained with raise ValueError.
+    """
     lr_min: float
     lr_max: float
     sweep: dict | None = None  # the record of the sweep that found them, see `find_rates`
     note: str | None = None  # why they are uncertain, if they are
 
-
-def check_rates(rates):
-    """Return Rates of Python's numbers. Raise ValueError if they cannot be trained with."""
-    lr_min, lr_max = rates[:2]
-    # torch.load would refuse NumPy's numbers in a saved state.
-    rates = Rates(float(lr_min), float(lr_max))
-    if not 0 < rates.lr_min <= rates.lr_max:
-        raise ValueError(f"LRMIN {rates.lr_min:.3g} must be above 0 and at most LRMAX, "
-                         f"which is {rates.lr_max:.3g}")
-    return rates
+    def __post_init__(self):
+        # torch.load would refuse NumPy's numbers in a saved state.
+        object.__setattr__(self, "lr_min", float(self.lr_min))
+        object.__setattr__(self, "lr_max", float(self.lr_max))
+        if not 0 < self.lr_min <= self.lr_max:
+            raise ValueError(f"LRMIN {self.lr_min:.3g} must be above 0 and at most LRMAX, "
+                             f"which is {self.lr_max:.3g}")
 
 
 def one_cycle(step, total_steps, start, peak, end, peak_fraction):
@@ -1227,12 +1244,12 @@ def scheduled_lr_and_beta1(recipe, rates, step, steps_per_epoch):
 
 # ---- Learning-rate range sweep --------------------------------------------------------
 
-LR_RATIO = 300  # LRMAX / LRMIN
+LR_RATIO = 300  # LRMAX / LRMIN; 30 did equally well
 SWEEP_LOWEST = 1e-6  # learning rate of the first step
 SWEEP_HIGHEST = 1.0  # and of the last one, if the loss has risen by then
 SWEEP_LIMIT = 1000.0  # else the sweep goes on, at most to here
-# After its lowest value, the smoothed loss of a sweep is low until it has risen by one of
-# these two, see `last_low_step`.
+# After its lowest value, the smoothed loss of a sweep is low until it has risen by the
+# smaller of these two, see `last_low_step`.
 RISE = 0.03  # of the lowest value
 FALL_PART = 0.1  # of the fall to this value
 # Training with Adam for fewer steps than this is mostly better at half of the usual LRMAX,
@@ -1247,28 +1264,28 @@ def find_rates(run, on_step=None):
     is uncertain, their `note` says why, and so does an UncertainRates warning.
     Afterwards, the `state()` of the run is as before.
     `on_step(step, steps, learning rate, loss)` is called after each step. Raise UserError
-    if the loss never falls. (L. Smith, arXiv:1506.01186, section 3.3.)
+    if the loss never falls, or if it is NaN or infinite from the start. (L. Smith,
+    arXiv:1506.01186, section 3.3.)
     """
     steps_per_epoch = run.steps_per_epoch
-    # About 200 steps, but at least one epoch and at most two, and never fewer than 120.
-    # 120 steps are 20 for each factor of 10. Fewer would be too coarse, because the loss
-    # rises only some steps after the rate became too high.
+    # 200 steps, but at least one epoch and at most two. If two epochs have fewer than 120
+    # steps, the sweep still has 120, which are 20 for each factor of 10. Fewer would be
+    # too coarse, because the loss rises only some steps after the rate became too high.
     steps = max(steps_per_epoch, min(200, 2 * steps_per_epoch), 120)
     # A decade is a factor of 10 in the learning rate.
     steps_per_decade = (steps - 1) / math.log10(SWEEP_HIGHEST / SWEEP_LOWEST)
     half_decade_steps = round(steps_per_decade / 2)
     before = run.state()
-    begin_training(run)
-    # Until `load_state`, because training cannot go on from inside the sweep.
-    run.mid_epoch = True
-    try:
-        # Weight decay depends on LRMAX, which is not known yet, so the sweep has none,
-        # also after a training. The L2 term stays.
-        set_weight_decay(run.optimizer, run.recipe.l2)
-        lrs, losses = record_sweep(run, steps, half_decade_steps, on_step)
-    finally:
-        run.graph = None  # Python's next garbage collection frees its memory
-        run.load_state(before)
+    with prepared_for_steps(run):
+        # Until `load_state`, because training cannot go on from inside the sweep.
+        run.mid_epoch = True
+        try:
+            # Weight decay depends on LRMAX, which is not known yet, so the sweep has none,
+            # also after a training. The L2 term stays.
+            set_weight_decay(run.optimizer, run.recipe.l2)
+            lrs, losses = record_sweep(run, steps, half_decade_steps, on_step)
+        finally:
+            run.load_state(before)
     smoothed = smooth_losses(losses, steps_per_decade)
     adam_steps = run.recipe.epochs * steps_per_epoch if is_adam(run.optimizer) else 0
     lr_min, lr_max = read_sweep(lrs, smoothed, adam_steps)
@@ -1284,7 +1301,7 @@ def record_sweep(run, steps, half_decade_steps, on_step):
 
     In `half_decade_steps` steps, the rate grows by the root of 10. The sweep ends at
     SWEEP_LIMIT, or when `sweep_is_over`. A loss that is NaN or infinite ends it, too, and
-    is left out.
+    is left out. In the first half decade, it raises Diverged.
     """
     growth = SWEEP_HIGHEST / SWEEP_LOWEST
     lrs = []
@@ -1292,9 +1309,14 @@ def record_sweep(run, steps, half_decade_steps, on_step):
     means = []  # of the last `half_decade_steps` losses, at each step
     for step, (images, labels) in enumerate(sweep_batches(run)):
         lr = SWEEP_LOWEST * growth ** (step / (steps - 1))
+        # In training, too, Adam has this beta at LRMAX.
         loss, _ = train_step(run, images, labels, lr, run.recipe.beta1_peak)
         value = loss.item()
         if not math.isfinite(value):
+            if not means:
+                raise Diverged(f"the loss is {value} in step {step + 1} of the sweep, at learning "
+                               f"rate {lr:.2g}.\nSo low a rate is hardly the cause. Look at the "
+                               "images, the network and the loss.")
             break
         if value < 0:
             raise ValueError("the sweep needs a loss that is never below 0; "
@@ -1364,12 +1386,12 @@ def read_sweep(lrs, smoothed, adam_steps):
 
 
 def last_low_step(smoothed):
-    """Return the last step at which a sweep's smoothed loss is low.
+    """Return the last step, after the lowest smoothed loss of a sweep, before it rises.
 
-    From its lowest value to this step, it is above that value by at most RISE of it, and
-    by at most FALL_PART of its fall. Raise UserError if it never falls.
+    It has risen when it is above its lowest value by more than RISE of this value, or by
+    more than FALL_PART of its fall to this value. Raise UserError if it never falls.
     """
-    lowest = smoothed.index(min(smoothed)) if smoothed else 0
+    lowest = smoothed.index(min(smoothed))
     if lowest == 0:
         raise UserError("the sweep found no learning rate at which the loss falls.\n"
                         "Choose LRMAX yourself: --lr-max 0.05 is a good start for our network "
@@ -1388,7 +1410,8 @@ def why_uncertain(smoothed):
     last = last_low_step(smoothed)
     advice = "Try a quarter, half, twice and four times this LRMAX, too"
     if last + 1 == len(smoothed):
-        return f"the loss of the sweep did not rise, so LRMAX is uncertain. {advice}"
+        return ("the loss of the sweep did not rise, or it became NaN or infinite at once, so "
+                f"LRMAX is uncertain. {advice}")
     fall = smoothed[0] - min(smoothed)
     if fall < 2 * RISE * min(smoothed):  # it is hardly more than a rise
         return (f"the loss of the sweep fell by only {fall / smoothed[0]:.1%}, so LRMAX is "
@@ -1438,30 +1461,29 @@ def evaluate_run(run, tta=False):
             "test_seconds": time.perf_counter() - started}
 
 
-def train_epochs(run, rates, on_step=None):
+def train_epochs(run, rates, on_step=None, schedule=scheduled_lr_and_beta1):
     """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
 
     This is a generator: loop over it. It continues after the last epoch that was
     completed. `on_step(step, steps, learning rate, loss)` is called after each step, with
     the step of the epoch, from 1, and the number of its steps. Reading the loss, a
-    tensor, makes a GPU wait. Each epoch sets the weight decay of groups with "decays"
-    anew. Raise Diverged if a loss is NaN or infinite.
+    tensor, makes a GPU wait. `schedule(recipe, rates, step, steps_per_epoch)` returns the
+    learning rate and Adam's first beta, or the momentum, at a step of the run (from 0).
+    Each epoch sets the weight decay of groups with "decays" anew. Raise Diverged if a loss
+    is NaN or infinite.
     """
-    rates = check_rates(rates)
     if run.epoch >= run.recipe.epochs:
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
                       stacklevel=2)
         return
-    started = time.perf_counter()  # what `begin_training` does counts for the first epoch
-    begin_training(run)
-    decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
-    try:
+    weight_decay = choose_weight_decay(run.recipe, rates.lr_max, run.steps_per_epoch)
+    started = time.perf_counter()  # the preparation counts for the first epoch
+    with prepared_for_steps(run):
         while run.epoch < run.recipe.epochs:
-            # For each epoch anew: the caller may have loaded a state, which has its own
-            # decay.
-            set_weight_decay(run.optimizer, decay)
+            # For each epoch anew: the caller may have loaded a state, which has its own.
+            set_weight_decay(run.optimizer, weight_decay)
             run.mid_epoch = True
-            row = train_epoch(run, rates, on_step)
+            row = train_epoch(run, rates, on_step, schedule)
             copy_other_buffers(run)
             seconds = time.perf_counter() - started  # the evaluation does not count
             row.update(evaluate_run(run))
@@ -1478,11 +1500,9 @@ def train_epochs(run, rates, on_step=None):
                    "elapsed_seconds": run.seconds}
             # What the caller does with a row does not count.
             started = time.perf_counter()
-    finally:
-        run.graph = None  # Python's next garbage collection frees its memory
 
 
-def train_epoch(run, rates, on_step=None):
+def train_epoch(run, rates, on_step, schedule):
     """Train one epoch. Return its last learning rate, mean loss and accuracy.
 
     Loss and accuracy are those of the augmented images, while the weights change.
@@ -1495,7 +1515,7 @@ def train_epoch(run, rates, on_step=None):
     correct = 0
     for step, (images, labels) in enumerate(augmented_batches(run, run.epoch + 1)):
         step_of_run = steps_before + step
-        lr, beta1 = scheduled_lr_and_beta1(run.recipe, rates, step_of_run, steps)
+        lr, beta1 = schedule(run.recipe, rates, step_of_run, steps)
         loss, correct_in_batch = train_step(run, images, labels, lr, beta1)
         update_average(run, step_of_run + 1)
         losses.append(loss)
@@ -1503,7 +1523,7 @@ def train_epoch(run, rates, on_step=None):
         correct += correct_in_batch
         if on_step:
             on_step(step + 1, steps, lr, loss)
-    # Only here does a GPU have to finish.
+    # Only here does a GPU have to finish. With Muon in fp16, the scaler waits in each step.
     batch_losses = torch.stack(losses).cpu().double()
     batch_sizes = torch.tensor(sizes, dtype=torch.double, device="cpu")
     image_count = len(run.training.labels)
@@ -1523,6 +1543,12 @@ def capture_graph(run):
     graph starts all kernels of a forward or backward pass at once. On GPUs without bf16, and
     in fp32, the kernels themselves are slow, so a graph would gain little. A graph could
     not train layers that were frozen when it was captured.
+
+    The Python code of the network's `forward` runs only in the capture, so branches and
+    numbers stay as they were then. Second derivatives do not work, nor do hooks of layers
+    or weights. Each step overwrites the gradients of the one before; to keep one, clone
+    it. The graph uses the memory that the weights have in the capture, so do not move the
+    model to another device. `start_run(..., cuda_graph=False)` turns the graph off.
     """
     if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
         return None
@@ -1614,8 +1640,8 @@ def make_parser():
         help="save the run here after each epoch; if the file is there, continue from it")
     add("--weights", type=path, metavar="FILE", help="save the trained weights here")
     add("--output", type=path, metavar="FILE",
-        help="file of the report, in JSON (default: next to the checkpoint, or a new one in "
-             "results/)")
+        help="file of the report, in JSON; one that is there is replaced (default: next to "
+             "the checkpoint, or a new one in results/)")
     add("--no-figures", action="store_false", dest="figures", help="draw no figures")
     add_recipe_options(parser)
     return parser
@@ -1639,6 +1665,8 @@ def add_recipe_options(parser):
 
 def parse_arguments(argv):
     """Return the recipe and the other options. Invalid ones end the process with code 2."""
+    if isinstance(argv, str):
+        argv = shlex.split(argv)
     argv = [str(argument) for argument in argv]
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -1661,8 +1689,8 @@ def check_options(options):
 
     Recipe checks its own constants.
     """
-    check_value("seed", options.seed, (0, 2**32 - 1))
     check_value("runs", options.runs, (1, 1000))
+    check_value("seed", options.seed, (0, MAX_SEED - options.runs + 1))
     # A fifth of the subset is for the tests: one image or more.
     check_value("subset", options.subset, (5, TRAIN_IMAGES))
     # BatchNorm needs two images to train on.
@@ -1723,7 +1751,8 @@ def check_files(options):
             raise ValueError(f"the name of a file must not end in a slash, got {name}")
     paths = [Path(name).resolve() for name in names]
     if len(set(paths)) < len(paths):
-        raise ValueError("checkpoint, output and weights must be different files")
+        raise ValueError("checkpoint, output and weights must be different files, "
+                         f"got {', '.join(names)}")
 
 
 def options_of_seed(options, seed):
@@ -1780,14 +1809,15 @@ def save_weights(path, run, classes):
     """Write the weights of a ResNet and all else that is needed to classify images.
 
     Raise ValueError for another network, also of a subclass: `load_weights` would not
-    know how to make it. Each class of the run needs a name.
+    know how to make it. Each output of the network needs the name of its class.
     """
     if type(run.model) is not ResNet:
         raise ValueError("save_weights is for the built-in network. Save that of your own "
                          "with torch.save(run.averaged.state_dict(), path)")
-    if len(classes) != run.num_classes:
-        raise ValueError(f"save_weights needs {run.num_classes} names of classes, because "
-                         f"num_classes is {run.num_classes}, got {len(classes)}")
+    outputs = run.model.head.out_features
+    if len(classes) != outputs:
+        raise ValueError(f"save_weights needs {outputs} names of classes, one for each output of "
+                         f"the network, got {len(classes)}")
     # A network that was given to the run may have another scale than the recipe.
     recipe = dataclasses.replace(run.recipe, logit_scale=run.model.logit_scale)
     content = {
@@ -2026,6 +2056,27 @@ def save_all_or_warn(*saves):
 
 # ---- Screen ---------------------------------------------------------------------------
 
+class Screen:
+    """A text stream like `stream`. If it cannot be written, the run goes on without it.
+
+    The disk of a log file may be full, or Ctrl-C may have ended the `tee` that reads it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def show_status(text):
     """Show `text` in place of the last line of a terminal or of a notebook's output.
 
@@ -2033,7 +2084,9 @@ def show_status(text):
     """
     is_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
     if IN_NOTEBOOK or is_terminal:
-        print(f"\r{text[:79]:<79}\r", end="", flush=True)
+        # One column less than the terminal has, because some begin a new line at the end.
+        width = min(79, shutil.get_terminal_size().columns - 1)
+        print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
 
 def progress_callback(run, sweeping=False):
@@ -2193,9 +2246,14 @@ def plot_curves(figure, report):
         goal = max(GOALS)
         accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
-    rate_axes.plot(*learning_rate_curve(report))
+    constants = report["config"]["recipe"]
+    rates = report["rates"]
+    peak_epoch = constants["peak_fraction"] * constants["epochs"]
+    last_lr = rates["lr_min"] / constants["annihilation"]
+    rate_axes.plot([0, peak_epoch, constants["epochs"]],
+                   [rates["lr_min"], rates["lr_max"], last_lr])
     rate_axes.set_ylim(bottom=0)
-    smoothing = report["config"]["recipe"]["label_smoothing"]
+    smoothing = constants["label_smoothing"]
     title = f"Loss, with label smoothing {smoothing:g}" if smoothing else "Loss"
     loss_axes.set(title=title, ylabel="loss")
     accuracy_axes.set(title="Accuracy", ylabel="accuracy")
@@ -2206,16 +2264,6 @@ def plot_curves(figure, report):
         axes.set(xlabel="epoch", xlim=(0, len(rows) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-
-
-def learning_rate_curve(report):
-    """Return, for each step that was trained, its time in epochs and its learning rate."""
-    recipe = Recipe(**report["config"]["recipe"])
-    rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
-    steps = count_steps(report["data"]["train_images"], recipe.batch_size)
-    trained = range(len(report["epochs"]) * steps)
-    lrs = [scheduled_lr_and_beta1(recipe, rates, step, steps)[0] for step in trained]
-    return [(step + 1) / steps for step in trained], lrs
 
 
 def plot_images(figure, run, images, captions, columns, title):
@@ -2339,13 +2387,13 @@ def choose_rates(run, options):
             warnings.simplefilter("ignore", UncertainRates)
             rates = find_rates(run, progress_callback(run, sweeping=True))
         show_status("")
-    if options.lr_min:
-        rates = rates._replace(lr_min=options.lr_min)
-    if rates.lr_min > rates.lr_max:
-        raise UserError(f"--lr-min {rates.lr_min:.3g} is above LRMAX {rates.lr_max:.3g}, "
+    if not options.lr_min:
+        return rates
+    if options.lr_min > rates.lr_max:
+        raise UserError(f"--lr-min {options.lr_min:.3g} is above LRMAX {rates.lr_max:.3g}, "
                         "which the sweep found.\nGive a lower --lr-min, or none. "
                         f"--lr-max {rates.lr_max:.3g} skips the sweep.")
-    return rates
+    return dataclasses.replace(rates, lr_min=options.lr_min)
 
 
 def train_once(recipe, options, data):
@@ -2390,9 +2438,9 @@ def train_and_record(recorder):
         rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
         for row in train_epochs(run, rates, progress_callback(run)):
             report["epochs"].append(row)
+            recorder.save_progress()  # first: whoever sees the row may stop the run
             show_status("")
             print(TABLE_ROW.format(**row))
-            recorder.save_progress()
     if report["epochs"] and recorder.summary["tta_test_accuracy"] is None:
         record_final_accuracy(recorder)
 
@@ -2458,7 +2506,7 @@ def finish_run(recorder):
 
 
 def main(argv=()):
-    """Run with these arguments, a list like ["--epochs", "10"].
+    """Run with these arguments, ["--epochs", "10"] or "--epochs 10".
 
     Return the report, a dictionary. With --runs above 1, return a list of reports.
     """
@@ -2482,6 +2530,7 @@ def run_process():
             # The screen may lack letters of a file's name. A log file gets each line at
             # once.
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        sys.stdout = Screen(sys.stdout)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
