@@ -2829,9 +2829,7 @@ def test_the_times_of_the_report_add_up(finished_run):
     assert rows[1]["images_per_second"] == pytest.approx(20 / seconds[1])
     assert summary["train_seconds"] == pytest.approx(seconds.sum())
     assert summary["sweep_seconds"] > summary["train_seconds"]  # it has many more steps
-    assert all(row["test_seconds"] > 0 for row in rows)
-    tests = sum(row["test_seconds"] for row in rows)
-    parts = elapsed[1] + tests + summary["sweep_seconds"]
+    parts = elapsed[1] + summary["sweep_seconds"]
     assert 0 < parts < summary["total_seconds"]
 
 
