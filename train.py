@@ -1460,15 +1460,18 @@ def evaluate_run(run, tta=False):
 
 
 def train_epochs(run, rates, on_step=None, schedule=scheduled_lr_and_beta1):
-    """Train `run` to the end of its recipe; yield metrics and timings after each epoch.
+    """Train `run` to the end of its recipe; yield a row, a dictionary, after each epoch.
 
-    This is a generator: loop over it. It continues after the last epoch that was
-    completed. `on_step(step, steps, learning rate, loss)` is called after each step, with
-    the step of the epoch, from 1, and the number of its steps. Reading the loss, a
-    tensor, makes a GPU wait. `schedule(recipe, rates, step, steps_per_epoch)` returns the
-    learning rate and Adam's first beta, or the momentum, at a step of the run (from 0).
-    Each epoch sets the weight decay of groups with "decays" anew. Raise Diverged if a loss
-    is NaN or infinite.
+    The keys of a row are `epoch`, `lr` (that of the last step), `train_loss`,
+    `train_accuracy`, `test_loss`, `test_accuracy`, `train_seconds`, `images_per_second`
+    and `elapsed_seconds`. This is a generator: loop over it. It continues after the last
+    epoch that was completed.
+
+    `on_step(step, steps, learning rate, loss)` is called after each step, with the step of
+    the epoch, from 1, and the number of its steps. Reading the loss, a tensor, makes a GPU
+    wait. `schedule(recipe, rates, step, steps_per_epoch)` returns the learning rate and
+    Adam's first beta, or the momentum, at a step of the run (from 0). Each epoch sets the
+    weight decay of groups with "decays" anew. Raise Diverged if a loss is NaN or infinite.
     """
     if run.epoch >= run.recipe.epochs:
         warnings.warn(f"nothing to train: the run has its {run.recipe.epochs} epochs",
