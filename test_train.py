@@ -954,6 +954,7 @@ def run_before_a_sweep(optimizer, steps):
     run = small_run(recipe, 16, model=DropoutNetwork)
     run.scaler = torch.amp.GradScaler("cpu", growth_interval=1)  # grows with every step
     run.model.train()
+    torch.manual_seed(0)  # of the dropout: a few others find no rate at which the loss falls
     for _ in range(steps):
         train.train_step(run, run.test.images[:8], run.test.labels[:8], 1e-5, 0.9)
     return run
@@ -2981,6 +2982,12 @@ def test_a_run_writes_its_figures_next_to_the_report(quick_workplace, sweeps):
                           "o0.1-confusion.png", "o0.1-misclassified.png"}
 
 
+def test_a_run_writes_no_figures_if_they_are_not_wanted(quick_workplace):
+    pytest.importorskip("matplotlib")
+    quick_workplace.run("--epochs", 1, "--no-figures", *RATES)
+    assert pictures() == set()
+
+
 def test_a_run_that_is_interrupted_draws_its_curves(quick_workplace, sweeps, monkeypatch):
     pytest.importorskip("matplotlib")
     before_steps(monkeypatch, {4: raiser(KeyboardInterrupt)})  # in the second epoch
@@ -3276,10 +3283,24 @@ def test_the_device_of_the_options_is_that_of_the_run(quick_workplace, monkeypat
 
 
 def test_report_and_screen_say_that_images_were_held_out(quick_workplace, capsys):
-    data = quick_workplace.run("--epochs", 0, "--holdout", 10, *RATES)["data"]
+    data = quick_workplace.run("--epochs", 1, "--holdout", 10, *RATES)["data"]
     assert data["evaluated_on"] == "held-out training images"
     assert (data["train_images"], data["test_images"]) == (90, 10)
-    assert "of 50, 10 held-out training images\n" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "of 50, 10 held-out training images\n" in screen
+    assert re.search("^final .*% of the held-out training images, ", screen, re.MULTILINE)
+
+
+def test_the_precision_may_be_chosen(quick_workplace):
+    report = quick_workplace.run("--epochs", 0, "--precision", "bf16", *RATES)
+    assert report["environment"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("precision, searches", [("fp32", True), ("fp16", True), ("bf16", False)])
+def test_cudnn_searches_for_fast_kernels_except_in_bf16(precision, searches):
+    torch.backends.cudnn.benchmark = not searches
+    small_run(model=linear_network, precision=precision)
+    assert torch.backends.cudnn.benchmark == searches
 
 
 def test_a_batch_size_of_0_may_be_asked_for():
