@@ -2439,8 +2439,8 @@ def train_and_record(recorder):
         rates = Rates(report["rates"]["lr_min"], report["rates"]["lr_max"])
         for row in train_epochs(run, rates, progress_callback(run)):
             report["epochs"].append(row)
-            recorder.save_progress()  # first: whoever sees the row may stop the run
             show_status("")
+            recorder.save_progress()  # first: whoever sees the row may stop the run
             print(TABLE_ROW.format(**row))
     if report["epochs"] and recorder.summary["tta_test_accuracy"] is None:
         record_final_accuracy(recorder)
