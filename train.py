@@ -2531,7 +2531,8 @@ def run_process():
             # The screen may lack letters of a file's name. A log file gets each line at
             # once.
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-        sys.stdout = Screen(sys.stdout)
+        if sys.stdout is not None:  # pythonw has none
+            sys.stdout = Screen(sys.stdout)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
