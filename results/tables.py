@@ -96,6 +96,7 @@ TABLES = {
     "first-look": ("options", ["LRMAX", "accuracy", "flip TTA", "seeds"], [
         ("`--subset --recipe fast`", "first-look/fast-seed*"),
         ("the same, with `--precision fp32`", "first-look/fast-fp32-seed*"),
+        ("`--subset --recipe fast`, on cores without AVX-512", "first-look/fast-avx2-seed*"),
         ("`--subset`", "first-look/default-seed*"),
     ]),
     "path": ("part | option", ["LRMAX", "accuracy", "gain", "90% at epoch", "seeds"], [
