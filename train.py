@@ -729,8 +729,8 @@ def choose_weight_decay(recipe, lr_max, steps_per_epoch):
         return recipe.l2
     if not recipe.decay_epochs:
         return 0.0
-    # BatchNorm's running mean and variance lag behind by about 10 steps. So weights must
-    # not shrink much in so few.
+    # BatchNorm's running mean and variance lag behind by about 10 steps. If a weight takes
+    # at least 100 steps to shrink to 1/e, it changes little in 10.
     decay_steps = max(recipe.decay_epochs * steps_per_epoch, 100)
     return 1 / (decay_steps * lr_max)
 
@@ -1002,11 +1002,9 @@ def start_run(recipe, training, test, seed=0, device="auto", precision="auto", m
     check_value("seed", seed, (0, MAX_SEED))
     training = Split(*training)  # it may be a plain tuple
     test = Split(*test)
-    check_split("training", training, num_classes)
-    check_split("test", test, num_classes)
-    recipe = fill_in_batch_size(recipe, len(training.labels))
     is_built_in = model is None
-    check_sizes(recipe, training, test, is_built_in)
+    check_data(recipe, training, test, num_classes, is_built_in)
+    recipe = fill_in_batch_size(recipe, len(training.labels))
     device = choose_device(device)
     precision = choose_precision(device, precision)
     dtype = DTYPES[precision]
@@ -1048,8 +1046,10 @@ def prepare_data(recipe, training, test, device, dtype):
     return mean, std, training, test
 
 
-def check_sizes(recipe, training, test, is_built_in):
-    """Raise ValueError if images do not fit the network, the padding or the cutout."""
+def check_data(recipe, training, test, num_classes, is_built_in):
+    """Raise ValueError if the Splits cannot be trained on with this recipe and network."""
+    check_split("training", training, num_classes)
+    check_split("test", test, num_classes)
     for split in (training, test):
         if is_built_in and split.images.shape[1:] != (3, 32, 32):
             shape = " x ".join(str(length) for length in split.images.shape[1:])
@@ -1481,7 +1481,8 @@ def train_epochs(run, rates, on_step=None, schedule=scheduled_lr_and_beta1):
     started = time.perf_counter()  # the preparation counts for the first epoch
     with prepared_for_steps(run):
         while run.epoch < run.recipe.epochs:
-            # For each epoch anew: the caller may have loaded a state, which has its own.
+            # For each epoch anew: the caller may have loaded a state, which brings its own
+            # weight decay.
             set_weight_decay(run.optimizer, weight_decay)
             run.mid_epoch = True
             row = train_epoch(run, rates, on_step, schedule)
@@ -1537,13 +1538,23 @@ def train_epoch(run, rates, on_step, schedule):
 
 # ---- CUDA graph: faster forward and backward passes on NVIDIA GPUs --------------------
 
+def graph_would_help(run):
+    """Tell whether a run's network may become a CUDA graph, and would be faster then.
+
+    On GPUs without bf16, and in fp32, the kernels themselves are slow, so a graph would
+    gain little. A graph could not train layers that were frozen when it was captured.
+    """
+    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
+        return False
+    has_frozen = not all(parameter.requires_grad for parameter in run.model.parameters())
+    return type(run.model) is ResNet and not has_frozen
+
+
 def capture_graph(run):
     """Return the ResNet as a CUDA graph for full batches, or None where it would not help.
 
     A step starts some 300 GPU kernels one by one, and a fast GPU waits for that. The
-    graph starts all kernels of a forward or backward pass at once. On GPUs without bf16, and
-    in fp32, the kernels themselves are slow, so a graph would gain little. A graph could
-    not train layers that were frozen when it was captured.
+    graph starts all kernels of a forward or backward pass at once.
 
     The Python code of the network's `forward` runs only in the capture, so branches and
     numbers stay as they were then. Second derivatives do not work, nor do hooks of layers
@@ -1551,11 +1562,7 @@ def capture_graph(run):
     it. The graph uses the memory that the weights have in the capture, so do not move the
     model to another device. `start_run(..., cuda_graph=False)` turns the graph off.
     """
-    if not run.cuda_graph or run.device != "cuda" or run.precision != "bf16":
-        return None
-    if type(run.model) is not ResNet:
-        return None
-    if not all(parameter.requires_grad for parameter in run.model.parameters()):
+    if not graph_would_help(run):
         return None
     # This frees the memory of earlier graphs, also of other runs. Their objects refer to
     # each other, so Python would free them only later.
@@ -1691,6 +1698,7 @@ def check_options(options):
     Recipe checks its own constants.
     """
     check_value("runs", options.runs, (1, 1000))
+    # The last one of several runs has to be allowed, too.
     check_value("seed", options.seed, (0, MAX_SEED - options.runs + 1))
     # A fifth of the subset is for the tests: one image or more.
     check_value("subset", options.subset, (5, TRAIN_IMAGES))
@@ -2247,24 +2255,28 @@ def plot_curves(figure, report):
         goal = max(GOALS)
         accuracy_axes.axhline(goal, color="gray", linestyle=":", label=f"{goal:.0%}")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1))
-    constants = report["config"]["recipe"]
-    rates = report["rates"]
-    peak_epoch = constants["peak_fraction"] * constants["epochs"]
-    last_lr = rates["lr_min"] / constants["annihilation"]
-    rate_axes.plot([0, peak_epoch, constants["epochs"]],
-                   [rates["lr_min"], rates["lr_max"], last_lr])
-    rate_axes.set_ylim(bottom=0)
-    smoothing = constants["label_smoothing"]
+    plot_cycle(rate_axes, report)
+    smoothing = report["config"]["recipe"]["label_smoothing"]
     title = f"Loss, with label smoothing {smoothing:g}" if smoothing else "Loss"
     loss_axes.set(title=title, ylabel="loss")
     accuracy_axes.set(title="Accuracy", ylabel="accuracy")
-    rate_axes.set(title="Learning rate", ylabel="learning rate")
     loss_axes.legend()
     accuracy_axes.legend()
     for axes in (loss_axes, accuracy_axes, rate_axes):
         axes.set(xlabel="epoch", xlim=(0, len(rows) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+
+
+def plot_cycle(axes, report):
+    """Draw the learning rate over the epochs: its start, its peak and its end."""
+    constants = report["config"]["recipe"]
+    rates = report["rates"]
+    peak_epoch = constants["peak_fraction"] * constants["epochs"]
+    last_lr = rates["lr_min"] / constants["annihilation"]
+    axes.plot([0, peak_epoch, constants["epochs"]], [rates["lr_min"], rates["lr_max"], last_lr])
+    axes.set_ylim(bottom=0)
+    axes.set(title="Learning rate", ylabel="learning rate")
 
 
 def plot_images(figure, run, images, captions, columns, title):
